@@ -1,0 +1,83 @@
+"""Preallocated key/value cache with one length per sequence.
+
+Committed tokens occupy slots 0..kv_len-1. A forward writes its new tokens right behind them; what
+the decoder does not commit stays there as scratch and is overwritten by the next forward. So
+rejected drafts and mask tokens are dropped by not advancing `kv_len` (paper, section 3.2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tidar_ref.config import ModelConfig
+from tidar_ref.errors import UserError
+
+
+class KVCache:
+    """k, v: [layers, B, Hkv, max_len + scratch, D]; kv_len: [B] (int64), mirrored in `lengths`.
+
+    `lengths` is the host's copy of `kv_len`, so that eager decoding can slice without a device
+    synchronisation. Raises UserError if the positions do not fit the model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        batch: int,
+        max_len: int,
+        scratch: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if max_len > config.max_position:
+            raise UserError(
+                f"prompt and new tokens need {max_len} positions but the model has"
+                f" {config.max_position}: shorten the prompt or lower --max-new-tokens"
+            )
+        shape = (config.num_layers, batch, config.num_kv_heads, max_len + scratch, config.head_dim)
+        # Zeros, not empty: a masked slot is multiplied by 0, and 0 * NaN is NaN.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.kv_len = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.lengths = [0] * batch
+        self.max_len, self.scratch = max_len, scratch
+
+    @property
+    def uniform(self) -> bool:
+        """True if all sequences have the same length, so one slice serves them all."""
+        return len(self.lengths) == 1 or len(set(self.lengths)) == 1
+
+    def place(self, width: int) -> slice | Tensor:
+        """Where the next `width` tokens go: a slice, or indices [B, width] if lengths differ."""
+        capacity = self.max_len + self.scratch
+        if max(self.lengths) + width > capacity:
+            raise UserError(
+                f"{width} new tokens behind {max(self.lengths)} cached ones exceed the cache's"
+                f" {capacity} slots: allocate a longer cache"
+            )
+        if self.uniform:
+            return slice(self.lengths[0], self.lengths[0] + width)
+        return self.kv_len[:, None] + torch.arange(width, device=self.kv_len.device)
+
+    def write(self, layer: int, place: slice | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, Hkv, Q, D] at `place`; return all keys and values up to the last one."""
+        keys, values = self.k[layer], self.v[layer]
+        if isinstance(place, slice):
+            keys[:, :, place] = k
+            values[:, :, place] = v
+            end = place.stop
+        else:
+            index = place[:, None, :, None].expand_as(k)
+            keys.scatter_(2, index, k)
+            values.scatter_(2, index, v)
+            end = max(self.lengths) + k.shape[2]
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, counts: list[int]) -> None:
+        """Commit the first counts[b] of the tokens just written; the rest becomes scratch again."""
+        self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+        if max(self.lengths) > self.max_len + self.scratch:
+            raise ValueError(f"cache lengths {self.lengths} exceed {self.max_len + self.scratch}")
+        self.kv_len = torch.tensor(self.lengths, dtype=torch.int64, device=self.kv_len.device)

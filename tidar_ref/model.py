@@ -1,0 +1,220 @@
+"""One compact decoder-only transformer for the Llama / SmolLM2 / Qwen2 / Qwen2.5 / Qwen3 family.
+
+RMSNorm, rotary positions, grouped-query attention, SwiGLU; q/k/v bias (Qwen2) and q/k norm (Qwen3)
+by configuration. Every decoder of the suite runs on this network: it takes token ids, positions, a
+cache and the visibility pattern among the new tokens, and gives hidden states. Which of them go
+through the (expensive) LM head is the decoder's business.
+
+Shapes: B sequences, Q new tokens, L keys (prefix + new), Hq query heads, Hkv key/value heads,
+G = Hq / Hkv, D head size, H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tidar_ref.cache import KVCache
+from tidar_ref.config import ModelConfig
+
+__all__ = ["ModelConfig", "Transformer"]
+
+# Up to this many new tokens the G query heads of a group are folded into the query axis, so that
+# keys and values are read once and never repeated; beyond it the folded mask would be the big thing.
+FOLD_GROUPS_UP_TO = 512
+
+
+class Transformer(nn.Module):
+    """The shared backbone. Parameters are uninitialised until loaded or `init_random` is called."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        kind = {"dtype": dtype, "device": device}
+        self.embed = nn.Module()
+        self.embed.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **kind))
+        self.layers = nn.ModuleList(Layer(config, kind) for _ in range(config.num_layers))
+        self.norm = _norm(config.hidden_size, config, kind)
+        self.head = None if config.tied_embeddings else nn.Module()
+        if self.head is not None:
+            self.head.weight = nn.Parameter(
+                torch.empty(config.vocab_size, config.hidden_size, **kind)
+            )
+        cos, sin = rotary_tables(config)
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @torch.no_grad()
+    def init_random(self, seed: int = 0) -> Transformer:
+        """Fill every matrix with N(0, 0.02), norms with 1, biases with N(0, 0.02); deterministic."""
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+        return self
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, cache: KVCache, new_mask: Tensor | None
+    ) -> Tensor:
+        """One forward over Q new tokens a sequence; their K/V land in the cache behind `kv_len`.
+
+        input_ids, positions: [B, Q] (int64). new_mask: [Q, Q] or [B, Q, Q], True where the query
+        (row) may attend to the new token (column); None means Q = 1. All new tokens see the whole
+        committed prefix. Returns hidden states [B, Q, H] after the final norm. `kv_len` does not
+        move: the decoder advances the cache when it knows what was accepted.
+        """
+        batch, width = input_ids.shape
+        fold = width <= FOLD_GROUPS_UP_TO
+        groups = self.config.num_heads // self.config.num_kv_heads
+        bias = attention_bias(cache, new_mask, width, groups if fold else 1, self.dtype)
+        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        if self.dtype != torch.float32:
+            cos, sin = cos.to(self.dtype), sin.to(self.dtype)
+        place = cache.place(width)
+        hidden = F.embedding(input_ids, self.embed.weight)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, cos, sin, cache, place, index, bias, fold)
+        return self.norm(hidden)
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., H], in the model's dtype."""
+        head = self.embed if self.head is None else self.head
+        return F.linear(hidden, head.weight)
+
+    def state_dict(self, *args, **kwargs):  # noqa: ANN002, ANN003, ANN201 - nn.Module's signature
+        """As nn.Module's, with the untied head under its usual name `lm_head.weight`."""
+        state = super().state_dict(*args, **kwargs)
+        for name in [n for n in state if n.endswith("head.weight") and "lm_head" not in n]:
+            state[name.replace("head.weight", "lm_head.weight")] = state.pop(name)
+        return state
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):  # noqa: ANN001, ANN201
+        """As nn.Module's; accepts `lm_head.weight`."""
+        renamed = {
+            "head.weight" if n == "lm_head.weight" else n: tensor for n, tensor in state_dict.items()
+        }
+        return super().load_state_dict(renamed, strict=strict, assign=assign)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and SwiGLU; q/k/v and gate/up are one matrix product each."""
+
+    def __init__(self, config: ModelConfig, kind: dict) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim, self.groups = config.head_dim, config.num_heads // config.num_kv_heads
+        rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.attn_norm = _norm(hidden, config, kind)
+        self.qkv = nn.Linear(hidden, rows, bias=config.qkv_bias, **kind)
+        self.q_norm = _norm(config.head_dim, config, kind) if config.qk_norm else None
+        self.k_norm = _norm(config.head_dim, config, kind) if config.qk_norm else None
+        self.o = nn.Linear(config.num_heads * config.head_dim, hidden, bias=False, **kind)
+        self.mlp_norm = _norm(hidden, config, kind)
+        self.gate_up = nn.Linear(hidden, 2 * inner, bias=False, **kind)
+        self.down = nn.Linear(inner, hidden, bias=False, **kind)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache,
+        place: slice | Tensor,
+        index: int,
+        bias: Tensor | None,
+        fold: bool,
+    ) -> Tensor:
+        """hidden [B, Q, H] -> [B, Q, H]; cos, sin [B, 1, Q, D]; bias broadcasts over heads."""
+        batch, width, _ = hidden.shape
+        heads = self.qkv(self.attn_norm(hidden)).view(batch, width, -1, self.head_dim)
+        q, k, v = heads.transpose(1, 2).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        keys, values = cache.write(index, place, k, v)
+        if fold:  # [B, Hq, Q, D] -> [B, Hkv, G*Q, D]: heads of one group share keys and values
+            q = q.reshape(batch, self.kv_heads, self.groups * width, self.head_dim)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, enable_gqa=not fold)
+        out = out.reshape(batch, self.heads, width, self.head_dim).transpose(1, 2)
+        hidden = hidden + self.o(out.reshape(batch, width, self.heads * self.head_dim))
+        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
+        return hidden + self.down(F.silu(gate) * up)
+
+
+def attention_bias(
+    cache: KVCache, new_mask: Tensor | None, width: int, groups: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Additive bias [B or 1, 1, groups*Q, L] over prefix and new keys, or None if all is visible.
+
+    Built once a forward, not once a layer. Slots past a shorter sequence's new tokens are hidden.
+    """
+    device = cache.k.device
+    if new_mask is None:
+        if width != 1:
+            raise ValueError(f"new_mask may be None for one new token only, not for {width}")
+        new_mask = torch.ones(1, 1, dtype=torch.bool, device=device)
+        if cache.uniform:
+            return None
+    if cache.uniform and new_mask.dim() == 2:
+        prefix = torch.ones(width, cache.lengths[0], dtype=torch.bool, device=device)
+        visible = torch.cat([prefix, new_mask], dim=1)[None]
+    else:
+        new = new_mask.expand(len(cache.lengths), width, width)
+        slots = torch.arange(max(cache.lengths) + width, device=device)
+        offset = slots[None, :] - cache.kv_len[:, None]  # [B, L]: index among the new tokens
+        among_new = (offset >= 0) & (offset < width)
+        index = offset.clamp(0, width - 1)[:, None, :].expand(-1, width, -1)
+        visible = torch.where(among_new[:, None, :], new.gather(2, index), offset[:, None, :] < 0)
+    bias = torch.zeros(visible.shape, dtype=dtype, device=device)
+    bias.masked_fill_(~visible, float("-inf"))
+    return bias.repeat(1, groups, 1).unsqueeze(1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split form; x [B, heads, Q, D]."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_position, D] in float32, with the "llama3" frequency scaling if configured.
+
+    Scaling as published with Llama 3.1: wavelengths beyond the original context are stretched by
+    `factor`, short ones kept, those between blended linearly.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    freq = 1.0 / (config.rope_theta**exponent)
+    if config.rope_scaling:
+        scaling = config.rope_scaling
+        context = scaling["original_max_position_embeddings"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wavelength = 2 * math.pi / freq
+        blend = ((context / wavelength - low) / (high - low)).clamp(0.0, 1.0)
+        freq = (1 - blend) * freq / scaling["factor"] + blend * freq
+    angles = torch.arange(config.max_position, dtype=torch.float32)[:, None] * freq[None, :]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def _norm(size: int, config: ModelConfig, kind: dict) -> nn.RMSNorm:
+    return nn.RMSNorm(size, eps=config.norm_eps, **kind)
