@@ -17,7 +17,7 @@ from tidar_ref.sampling import Sampling, choose
 
 
 class AutoregressiveDecoder:
-    """Greedy (or sampled) next-token decoding. State.pending is the last committed token, [B, 1]."""
+    """Next-token decoding, greedy or sampled."""
 
     name = "ar"
     lossless = True
@@ -74,14 +74,16 @@ class AutoregressiveDecoder:
 
 
 class ARState(State):
-    """State plus the committed token whose K/V is not in the cache yet."""
+    """State plus pending [B, 1], the committed tokens whose K/V is not in the cache yet."""
 
     def __init__(self, *, pending: Tensor, **rest: Any) -> None:
         super().__init__(**rest)
         self.pending = pending
 
 
-def build(model: Transformer, *, mask_token_id: int | None = None, **params: Any) -> AutoregressiveDecoder:
+def build(
+    model: Transformer, *, mask_token_id: int | None = None, **params: Any
+) -> AutoregressiveDecoder:
     """The `ar` decoder; it has no parameters, any given one is an error."""
     if params:
         raise UserError(f"decoder ar takes no parameter {', '.join(sorted(params))}: remove it")

@@ -61,7 +61,9 @@ class KVCache:
             return slice(self.lengths[0], self.lengths[0] + width)
         return self.kv_len[:, None] + torch.arange(width, device=self.kv_len.device)
 
-    def write(self, layer: int, place: slice | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def write(
+        self, layer: int, place: slice | Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Store k, v [B, Hkv, Q, D] at `place`; return all keys and values up to the last one."""
         keys, values = self.k[layer], self.v[layer]
         if isinstance(place, slice):

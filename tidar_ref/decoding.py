@@ -1,7 +1,7 @@
 """The decoder protocol, the step ledger, and `generate`: the only generation loop of the suite.
 
 A decoder knows prompts, logits and caches. Limits, stop conditions, trimming and the clock belong
-to the loop, so that every method is stopped, counted and timed alike (definitions: docs/metrics.md).
+to the loop: every method is stopped, counted and timed alike (definitions: docs/metrics.md).
 """
 
 from __future__ import annotations
@@ -186,7 +186,9 @@ class _Sequence:
         )
 
 
-def _collect(rows: list[_Sequence], state: State, trace: StepTrace, now: float, *, step: bool) -> None:
+def _collect(
+    rows: list[_Sequence], state: State, trace: StepTrace, now: float, *, step: bool
+) -> None:
     for index, row in enumerate(rows):
         if not state.active[index]:
             continue
@@ -235,11 +237,14 @@ def _forward_clock(model: Any, clock: str) -> Iterator[list[float]]:
 
         return wrapper
 
-    model.forward, model.lm_head = timed(model.forward), timed(model.lm_head)
+    parts = (model, model.lm_head)
+    for part in parts:
+        part.forward = timed(part.forward)
     try:
         yield spent
     finally:
-        del model.forward, model.lm_head
+        for part in parts:
+            del part.forward  # the class's own method shows again
 
 
 def _now(device: torch.device) -> float:

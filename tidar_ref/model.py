@@ -23,7 +23,7 @@ from tidar_ref.config import ModelConfig
 __all__ = ["ModelConfig", "Transformer"]
 
 # Up to this many new tokens the G query heads of a group are folded into the query axis, so that
-# keys and values are read once and never repeated; beyond it the folded mask would be the big thing.
+# keys and values are read once and never repeated; beyond it the folded mask would be large.
 FOLD_GROUPS_UP_TO = 512
 
 
@@ -39,16 +39,17 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        kind = {"dtype": dtype, "device": device}
-        self.embed = nn.Module()
-        self.embed.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **kind))
+        # Built without storage first: nn.Linear's own initialisation would cost minutes at 8B.
+        kind = {"dtype": dtype, "device": "meta"}
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, **kind)
         self.layers = nn.ModuleList(Layer(config, kind) for _ in range(config.num_layers))
         self.norm = _norm(config.hidden_size, config, kind)
-        self.head = None if config.tied_embeddings else nn.Module()
-        if self.head is not None:
-            self.head.weight = nn.Parameter(
-                torch.empty(config.vocab_size, config.hidden_size, **kind)
-            )
+        self.lm_head = (
+            TiedHead(self.embed)
+            if config.tied_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False, **kind)
+        )
+        self.to_empty(device=device)
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
@@ -63,7 +64,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_random(self, seed: int = 0) -> Transformer:
-        """Fill every matrix with N(0, 0.02), norms with 1, biases with N(0, 0.02); deterministic."""
+        """Fill norms with 1, all other parameters with N(0, 0.02); the same for the same seed."""
         generator = torch.Generator(device=self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -90,29 +91,21 @@ class Transformer(nn.Module):
         if self.dtype != torch.float32:
             cos, sin = cos.to(self.dtype), sin.to(self.dtype)
         place = cache.place(width)
-        hidden = F.embedding(input_ids, self.embed.weight)
+        hidden = self.embed(input_ids)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, cos, sin, cache, place, index, bias, fold)
         return self.norm(hidden)
 
-    def lm_head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., H], in the model's dtype."""
-        head = self.embed if self.head is None else self.head
-        return F.linear(hidden, head.weight)
 
-    def state_dict(self, *args, **kwargs):  # noqa: ANN002, ANN003, ANN201 - nn.Module's signature
-        """As nn.Module's, with the untied head under its usual name `lm_head.weight`."""
-        state = super().state_dict(*args, **kwargs)
-        for name in [n for n in state if n.endswith("head.weight") and "lm_head" not in n]:
-            state[name.replace("head.weight", "lm_head.weight")] = state.pop(name)
-        return state
+class TiedHead(nn.Module):
+    """LM head that shares the embedding table: hidden [..., H] -> logits [..., V]."""
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):  # noqa: ANN001, ANN201
-        """As nn.Module's; accepts `lm_head.weight`."""
-        renamed = {
-            "head.weight" if n == "lm_head.weight" else n: tensor for n, tensor in state_dict.items()
-        }
-        return super().load_state_dict(renamed, strict=strict, assign=assign)
+    def __init__(self, embed: nn.Embedding) -> None:
+        super().__init__()
+        self._embed = (embed,)  # in a tuple: the table is registered, saved and moved once
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self._embed[0].weight)
 
 
 class Layer(nn.Module):

@@ -27,7 +27,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise UserError(f"sampling mode {self.mode!r} is unknown: use one of {', '.join(MODES)}")
+            raise UserError(
+                f"sampling mode {self.mode!r} is unknown: use one of {', '.join(MODES)}"
+            )
         if self.temperature < 0 or (self.temperature == 0) != (self.mode == "greedy"):
             raise UserError(
                 f"temperature {self.temperature} does not go with mode {self.mode!r}: use"
