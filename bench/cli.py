@@ -1,0 +1,284 @@
+"""The command line: the only place with argparse, and the only one that prints.
+
+Verbs: reproduce, run, tables, doctor, peers. Bad input is one sentence and exit code 2, an
+interrupted run says how to go on and exits 130. Heavy libraries are imported by the verbs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tidar_ref.errors import UserError
+
+if TYPE_CHECKING:
+    from bench.harness import Prepared
+    from bench.profiles import Profile
+    from bench.records import Measurement, RunHeader
+    from bench.store import RunStore
+
+RUNS = Path("runs")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and options."""
+    top = _Parser(prog="python -m bench", description=__doc__.splitlines()[0])
+    verbs = top.add_subparsers(dest="verb", required=True, parser_class=_Parser)
+    words = {
+        "reproduce": "run what suits this machine (or --profile), then print and write the tables",
+        "run": "run a profile, then print and write the tables",
+    }
+    for verb, text in words.items():
+        _run_options(verbs.add_parser(verb, help=text, description=text), verb)
+    tables = verbs.add_parser("tables", help="make the tables of a record folder again")
+    tables.add_argument("record", type=Path, metavar="RECORD")
+    doctor = verbs.add_parser("doctor", help="what this machine can run, and how to get the rest")
+    doctor.add_argument("--data-dir", type=Path)
+    peers = verbs.add_parser("peers", help="time our AR against transformers' generate")
+    peers.add_argument("--weights", default="embedded")
+    peers.add_argument("--device", default="cpu")
+    peers.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
+    peers.add_argument("--threads", type=int)
+    peers.add_argument("--max-new-tokens", type=int, default=64)
+    peers.add_argument("--rounds", type=int, default=5)
+    peers.add_argument("--out", type=Path)
+    return top
+
+
+def _run_options(verb: argparse.ArgumentParser, name: str) -> None:
+    verb.add_argument("--profile", required=name == "run", help="smoke, embedded, small or paper")
+    verb.add_argument("--decoders", nargs="+", help="ar,tidar:block_len=4,beta=1 ...")
+    verb.add_argument("--tasks", nargs="+", help="names, with commas or blanks between")
+    verb.add_argument("--limit", type=int, help="first N problems of each task")
+    verb.add_argument("--device", help="cpu, cuda, cuda:N or auto")
+    verb.add_argument("--dtype", help="float32, bfloat16 or auto")
+    verb.add_argument("--weights", help="embedded, random:SHAPE, a .gguf, a folder or a hub id")
+    verb.add_argument("--data-dir", type=Path, help="folder with the benchmark files")
+    verb.add_argument("--out", type=Path, help=f"record folder to make (default: under {RUNS}/)")
+    verb.add_argument("--max-new-tokens", type=int, help="cap on new tokens per problem")
+    verb.add_argument("--style", choices=("base", "chat"))
+    verb.add_argument("--repeats", type=int, help="generations per problem and decoder")
+    verb.add_argument("--clock", choices=("total", "per_step"), help="per_step splits host time")
+    verb.add_argument(
+        "--fixed-length", action="store_true", help="speed run: every output to the limit, no score"
+    )
+    verb.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
+    again = verb.add_mutually_exclusive_group()
+    again.add_argument("--resume", type=Path, metavar="DIR", help="continue this record folder")
+    again.add_argument("--fresh", action="store_true", help="never continue an unfinished run")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; gives the exit code: 0, 2 for bad input, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = parser().parse_args(words)
+        return {"run": _run, "reproduce": _run}.get(args.verb, _other)(args, words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _other(args: argparse.Namespace, words: list[str]) -> int:
+    if args.verb == "tables":
+        from bench.tables import write_tables
+
+        print(write_tables(args.record), end="")
+    elif args.verb == "doctor":
+        from bench.doctor import report
+
+        print(report(args.data_dir))
+    else:
+        from bench import peers
+
+        for name in ("rounds", "max_new_tokens", "threads"):
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} is below 1; give at least 1")
+        peers.main(
+            weights=args.weights,
+            device=args.device,
+            dtypes=tuple(args.dtypes.split(",")),
+            threads=args.threads,
+            max_new_tokens=args.max_new_tokens,
+            rounds=args.rounds,
+            out=args.out,
+        )
+    return 0
+
+
+def profile_from(args: argparse.Namespace) -> Profile:
+    """The named (or chosen) profile with the options given on the command line."""
+    from bench.profiles import TaskSpec, get_profile, parse_decoders
+
+    if args.profile is None:
+        from bench.doctor import choose_profile
+
+        choice = choose_profile()
+        print(f"profile: {choice.profile} (chosen: {'; '.join(choice.reasons)})")
+        profile = get_profile(choice.profile)
+    else:
+        profile = get_profile(args.profile)
+        print(f"profile: {profile.name}")
+    changes: dict[str, Any] = {
+        name: value
+        for name in (
+            "device",
+            "dtype",
+            "weights",
+            "max_new_tokens",
+            "style",
+            "repeats",
+            "clock",
+        )
+        if (value := getattr(args, name)) is not None
+    }
+    if args.fixed_length:
+        changes["stopping"] = "fixed"
+    if args.decoders:
+        changes["decoders"] = parse_decoders(args.decoders)
+    tasks = profile.tasks
+    if args.tasks:
+        named = [name for word in args.tasks for name in word.split(",") if name]
+        limits = {task.name: task.limit for task in profile.tasks}
+        tasks = tuple(TaskSpec(name=n, limit=limits.get(n)) for n in dict.fromkeys(named))
+        changes["fallback"] = ()  # tasks asked for by name are run or refused, never replaced
+    if args.limit is not None:
+        tasks = tuple(dataclasses.replace(task, limit=args.limit) for task in tasks)
+    return dataclasses.replace(profile, tasks=tasks, **changes)
+
+
+def _run(args: argparse.Namespace, words: list[str]) -> int:
+    from bench import harness
+
+    profile = profile_from(args)
+    prepared = harness.prepare(profile, data_dir=args.data_dir)
+    header = harness.make_header(prepared, words)
+    _print_findings(prepared, header)
+    if args.dry_run:
+        print("dry run: nothing was generated or written")
+        return 0
+    store = _open_store(args, header)
+    try:
+        _generate(prepared, store, words)
+        harness.score_all(prepared, store, say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        verb = "reproduce" if args.verb == "reproduce" else "run"
+        print(
+            f"\ninterrupted after {len(store.done)} of {prepared.count} generations, all kept; "
+            f"go on with the same options and: python -m bench {verb} ... --resume {store.folder}",
+            file=sys.stderr,
+        )
+        return 130
+    finally:
+        store.close()
+    from bench.tables import write_tables
+
+    print("\n" + write_tables(store.folder))
+    print(f"record: {store.folder}")
+    return 0
+
+
+def _print_findings(prepared: Prepared, header: RunHeader) -> None:
+    from bench.tables import TIER_LABELS
+
+    env, weights = header.environment, header.weights
+    machine = env["gpu"] or f"{env['cpu']}, {env['threads']} threads of {env['cores']} cores"
+    print(f"device: {prepared.device} ({machine}), {prepared.dtype}")
+    print(f"weights: {weights['name']} ({TIER_LABELS[weights['tier']]})")
+    print(f"  sha256: {weights['sha256'] or 'none, made from a seed'}")
+    for name, data in header.data.items():
+        checked = "checksum as pinned" if data["checked"] else f"sha256 {data['sha256'][:16]}"
+        print(f"data: {name}: {data['kind']}: {data['path']} ({checked})")
+    for note in prepared.notes:
+        print(f"note: {note}")
+    problems = ", ".join(f"{len(ids)} {name}" for name, ids in header.problems.items())
+    print(
+        f"to do: {prepared.count} generations = {problems} x decoders "
+        f"{' and '.join(header.decoders)} x {prepared.profile.repeats} repeat(s)",
+        flush=True,
+    )
+
+
+def _open_store(args: argparse.Namespace, header: RunHeader) -> RunStore:
+    from bench.environment import device_slug
+    from bench.store import RunStore, find_unfinished
+
+    if args.resume:
+        return _resumed(RunStore.resume(args.resume, header))
+    if args.verb == "reproduce" and not args.fresh and not args.out:
+        unfinished = find_unfinished(RUNS, header)
+        if unfinished:
+            return _resumed(RunStore.resume(unfinished, header))
+    if args.out:
+        return RunStore.create(args.out, header)
+    day = datetime.now(UTC).strftime("%Y-%m-%d")
+    commit = (header.commit or "nocommit")[:7]
+    stem = f"{day}_{device_slug(header.device)}_{header.profile['name']}_{commit}"
+    folder, number = RUNS / stem, 2
+    while folder.exists():
+        folder, number = RUNS / f"{stem}-{number}", number + 1
+    return RunStore.create(folder, header)
+
+
+def _resumed(store: RunStore) -> RunStore:
+    print(f"resuming {store.folder}: {len(store.done)} generations are there")
+    return store
+
+
+def _generate(prepared: Prepared, store: RunStore, words: list[str]) -> None:
+    from tqdm import tqdm
+
+    from bench import harness
+    from bench.environment import portable
+    from bench.store import planned_keys
+
+    left = [key for key in planned_keys(store.header) if key not in store.done]
+    print(f"record: {store.folder}", flush=True)
+    if not left:
+        return
+    warm = harness.warm_up(prepared)
+    store.note_session(
+        {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "argv": [portable(word) for word in words],
+            "already_done": len(store.done),
+            "warm_up": warm,
+        }
+    )
+    limits = {
+        (name, problem.id): harness.token_limit(prepared.profile, problem)
+        for name, chosen in prepared.problems.items()
+        for problem in chosen
+    }
+    seconds = sum(
+        limits[task, problem] / max(warm[decoder]["tokens_per_s"], 1e-3)
+        for decoder, task, problem, _ in left
+    )
+    print(f"time: at most about {_duration(seconds)} of decoding, from the warm-up", flush=True)
+    with tqdm(total=len(left), unit="gen", disable=None, dynamic_ncols=True) as bar:
+
+        def show(row: Measurement) -> None:
+            rate = (row.output_tokens - 1) / row.decode_s if row.decode_s > 0 else 0.0
+            bar.set_description(f"{row.task} {row.decoder}")
+            bar.set_postfix_str(f"{rate:.1f} tokens/s")
+            bar.update()
+
+        harness.generate_all(prepared, store, on_done=show)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,42 @@
+"""Decoders by name: a file `baselines/<name>.py` with `build` is a decoder, nothing to register."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from tidar_ref.errors import UserError
+
+if TYPE_CHECKING:
+    from bench.profiles import DecoderSpec
+
+# The two whose names differ from their files: the paper's word, and the method itself.
+MODULES = {"ar": "baselines.autoregressive", "tidar": "tidar_ref.tidar"}
+
+
+def decoder_names() -> tuple[str, ...]:
+    """Every name --decoders accepts, without importing any of them."""
+    import baselines
+
+    taken = {module.rpartition(".")[2] for module in MODULES.values()} | {"__init__"}
+    folder = Path(baselines.__file__).parent
+    files = sorted(path.stem for path in folder.glob("*.py") if path.stem not in taken)
+    return (*MODULES, *(name for name in files if not name.startswith("_")))
+
+
+def decoder_module(name: str) -> ModuleType:
+    """The module that builds this decoder; UserError lists the known names."""
+    if name not in decoder_names():
+        raise UserError(f"unknown decoder {name!r}; choose one of {', '.join(decoder_names())}")
+    return importlib.import_module(MODULES.get(name, f"baselines.{name}"))
+
+
+def build_decoder(spec: DecoderSpec, model: Any, *, mask_token_id: int | None) -> Any:
+    """A Decoder on `model`; UserError for an unknown name, parameter or parameter value."""
+    for key, value in spec.params:
+        if isinstance(value, str):
+            raise UserError(f"decoder parameter {key}={value!r} is not a number; give a number")
+    build = decoder_module(spec.name).build
+    return build(model, mask_token_id=mask_token_id, **dict(spec.params))

@@ -1,0 +1,354 @@
+"""A record folder's tables, in Markdown and CSV: what was measured, the paper's number beside it.
+
+One row is one decoder on one task. A cell that was not measured, or that the weights cannot carry,
+is empty: random weights have step times only, never a score, T/NFE or speedup. No torch, no clock.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from bench import metrics
+from bench.metrics import Interval
+from bench.records import Measurement, ScoreRecord
+from bench.store import RunRecord, planned_keys, read_record, write_whole
+
+TIER_LABELS = {
+    "random": "random weights: step times only; scores, T/NFE and speedup mean nothing and are "
+    "left out",
+    "embedded": "embedded tier (SmolLM2-135M-Instruct): real counting at toy quality; not trained "
+    "for TiDAR, so its drafts are poor",
+    "small": "small tier: not the paper's weights",
+    "paper": "weights the paper names",
+    "local": "weights from a local folder: what they are is the caller's claim",
+}
+# The reference of every speedup and every equal-output count.
+REFERENCE = "ar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One decoder on one task. Scores are fractions, paper_score is in %; None is not measured."""
+
+    task: str
+    shots: int
+    ours: bool
+    decoder: str
+    tier: str
+    n: int
+    planned: int
+    score_metric: str | None
+    score: float | None
+    score_low: float | None
+    score_high: float | None
+    score_minus_ar: float | None
+    score_minus_ar_low: float | None
+    score_minus_ar_high: float | None
+    t_per_nfe: float | None
+    acceptance_length: float | None
+    acceptance_rate: float | None
+    tokens_per_s: float | None
+    step_ms: float | None
+    prefill_s: float | None
+    host_share: float | None
+    speedup: float | None
+    speedup_low: float | None
+    speedup_high: float | None
+    stopped_by_length: int
+    equal_to_ar: int | None
+    compared_to_ar: int | None
+    paper_system: str | None
+    paper_score: float | None
+    paper_t_per_nfe: float | None
+
+
+def table_rows(record: RunRecord) -> list[TableRow]:
+    """All rows, tasks in running order, decoders in their order inside each task."""
+    planned = planned_keys(record.header)
+    rows = []
+    for task in record.header.problems:
+        for decoder in record.header.decoders:
+            count = sum(key[0] == decoder and key[1] == task for key in planned)
+            rows.append(_row(record, task, decoder, count))
+    return rows
+
+
+def _row(record: RunRecord, task: str, decoder: str, planned: int) -> TableRow:
+    header = record.header
+    mine = [row for row in record.measurements if (row.task, row.decoder) == (task, decoder)]
+    reference = [row for row in record.measurements if (row.task, row.decoder) == (task, REFERENCE)]
+    real = header.weights["tier"] != "random"
+    headline = _headline(record, task, decoder) if real else None
+    base = _headline(record, task, REFERENCE) if real else None
+    is_reference = decoder == REFERENCE
+    score = metrics.score_interval(headline.per_problem) if headline else None
+    gap = None
+    if headline and base and not is_reference:
+        gap = metrics.score_difference(headline.per_problem, base.per_problem)
+    faster = None if is_reference or not real else metrics.speedup(mine, reference)
+    # Fixed-length runs are past the model's own ending: speed only, for every decoder alike.
+    equal = None if is_reference or not reference else metrics.equal_outputs(mine, reference)
+    steps = sum(row.decode_forwards for row in mine)
+    system, paper_score, paper_ratio = _paper(record, task, header.decoders[decoder]["name"])
+    return TableRow(
+        task=task,
+        shots=header.data[task]["shots"],
+        ours=header.data[task]["ours"],
+        decoder=decoder,
+        tier=header.weights["tier"],
+        n=len(mine),
+        planned=planned,
+        score_metric=f"{headline.metric}, {headline.variant}" if headline else None,
+        score=score.value if score else None,
+        score_low=score.low if score else None,
+        score_high=score.high if score else None,
+        score_minus_ar=gap.value if gap else None,
+        score_minus_ar_low=gap.low if gap else None,
+        score_minus_ar_high=gap.high if gap else None,
+        t_per_nfe=metrics.tokens_per_nfe(mine) if real else None,
+        acceptance_length=metrics.acceptance_length(mine) if real else None,
+        acceptance_rate=metrics.acceptance_rate(mine) if real else None,
+        tokens_per_s=metrics.tokens_per_s(mine) if real else None,
+        step_ms=1000 * sum(row.decode_s for row in mine) / steps if steps else None,
+        prefill_s=metrics.prefill_s(mine),
+        host_share=metrics.host_share(mine),
+        speedup=faster.value if faster else None,
+        speedup_low=faster.low if faster else None,
+        speedup_high=faster.high if faster else None,
+        stopped_by_length=sum(row.finish == "length" for row in mine),
+        equal_to_ar=equal[0] if equal else None,
+        compared_to_ar=equal[1] if equal else None,
+        paper_system=system,
+        paper_score=paper_score,
+        paper_t_per_nfe=paper_ratio,
+    )
+
+
+def _headline(record: RunRecord, task: str, decoder: str) -> ScoreRecord | None:
+    """The task's headline score of the first repeat (greedy repeats differ in time only)."""
+    for score in record.scores:
+        if (score.task, score.decoder, score.repeat) == (task, decoder, 0) and score.headline:
+            return score
+    return None
+
+
+def _paper(
+    record: RunRecord, task: str, decoder_name: str
+) -> tuple[str | None, float | None, float | None]:
+    """The paper's system of this kind, its score in % and its T/NFE; None where it has no cell."""
+    from bench.paper import TIDAR_1P5B, TIDAR_8B, paper_value
+
+    large = (record.header.weights.get("parameters") or 0) > 4e9
+    system = {
+        "ar": "Qwen3 8B" if large else "Qwen2.5 1.5B",
+        "tidar": TIDAR_8B if large else TIDAR_1P5B,
+    }.get(decoder_name)
+    if system is None or record.header.weights["tier"] == "random":
+        return None, None, None
+    score, ratio = (paper_value(task, metric, system) for metric in ("score", "t_per_nfe"))
+    if score is None and ratio is None:
+        return None, None, None
+    return system, score.value if score else None, ratio.value if ratio else None
+
+
+def to_csv(rows: list[TableRow]) -> str:
+    """The rows with every digit; an empty cell is None."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [f.name for f in fields(TableRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return out.getvalue()
+
+
+def to_markdown(record: RunRecord) -> str:
+    """The whole page: what ran, main table, every score, acceptance, divergence."""
+    rows = table_rows(record)
+    parts = [_heading(record), _main_table(rows)]
+    if record.header.weights["tier"] != "random":
+        parts += [_score_table(record), _acceptance_table(record)]
+    parts.append("\n".join(divergence_lines(record)))
+    parts.append(
+        "Brackets: 95 % intervals (scores: Wilson; differences and speedups: paired bootstrap over "
+        "problems). T/NFE, tokens/s and speedup are decode only. The paper's values are its own "
+        "weights on its own hardware and all problems."
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _heading(record: RunRecord) -> str:
+    header = record.header
+    tier, env = header.weights["tier"], header.environment
+    where = env.get("gpu") or f"{env.get('cpu')}, {env.get('threads')} threads"
+    done, planned = len(record.measurements), len(planned_keys(header))
+    cap = header.profile["max_new_tokens"]
+    lines = [
+        f"# {record.name}",
+        "",
+        f"- weights: {header.weights['name']}, **{TIER_LABELS[tier]}**",
+        f"- machine: {where}; {header.dtype}; torch {env.get('versions', {}).get('torch')}",
+        f"- profile {header.profile['name']}, commit {(header.commit or 'unknown')[:7]}"
+        + (" with local changes" if header.dirty else ""),
+        f"- length limit: {f'{cap} new tokens' if cap else 'each task has its own'}"
+        + ("; fixed length, not scored" if header.profile["stopping"] == "fixed" else ""),
+    ]
+    for task, data in header.data.items():
+        origin = "**our own problems, not a benchmark**" if data["ours"] else data["path"]
+        lines.append(f"- {task}: {len(header.problems[task])} problems, {data['kind']}: {origin}")
+    if done < planned:
+        lines.append(f"- **unfinished: {done} of {planned} generations**")
+    return "\n".join(lines)
+
+
+def _main_table(rows: list[TableRow]) -> str:
+    head = (
+        "task",
+        "decoder",
+        "n",
+        "score %",
+        "minus ar",
+        "T/NFE",
+        "tokens/s",
+        "ms/step",
+        "speedup",
+        "cut by length",
+        "paper: score (T/NFE), system",
+    )
+    body = [
+        (
+            f"{row.task} ({row.shots}-shot)" + (" (ours)" if row.ours else ""),
+            row.decoder,
+            str(row.n) if row.n == row.planned else f"{row.n} of {row.planned}",
+            _cell(row.score, row.score_low, row.score_high, scale=100, digits=1),
+            _cell(
+                row.score_minus_ar,
+                row.score_minus_ar_low,
+                row.score_minus_ar_high,
+                scale=100,
+                digits=1,
+            ),
+            _cell(row.t_per_nfe),
+            _cell(row.tokens_per_s, digits=1),
+            _cell(row.step_ms, digits=1),
+            _cell(row.speedup, row.speedup_low, row.speedup_high, suffix="x"),
+            f"{row.stopped_by_length} of {row.n}",
+            _paper_cell(row),
+        )
+        for row in rows
+    ]
+    return _markdown(head, body)
+
+
+def _paper_cell(row: TableRow) -> str:
+    if row.paper_system is None:
+        return ""
+    ratio = f" ({row.paper_t_per_nfe:.2f})" if row.paper_t_per_nfe is not None else ""
+    score = f"{row.paper_score:.2f}" if row.paper_score is not None else ""
+    return f"{score}{ratio}, {row.paper_system}".strip(" ,")
+
+
+def _score_table(record: RunRecord) -> str:
+    if not record.scores:
+        return ""
+    body = []
+    for score in record.scores:
+        interval = metrics.score_interval(score.per_problem)
+        if score.repeat == 0 and interval:
+            body.append(
+                (
+                    score.task,
+                    score.decoder,
+                    score.metric,
+                    score.variant,
+                    score.harness,
+                    str(interval.n),
+                    _interval(interval, scale=100, digits=1),
+                )
+            )
+    head = ("task", "decoder", "metric", "text", "scored by", "n", "%")
+    return "## Every score\n\n" + _markdown(head, body)
+
+
+def _acceptance_table(record: RunRecord) -> str:
+    body = []
+    for decoder in record.header.decoders:
+        mine = _of(record, decoder)
+        histogram = metrics.acceptance_histogram(mine)
+        rates = metrics.acceptance_rate_at(mine)
+        body.append(
+            (
+                decoder,
+                _cell(metrics.acceptance_length(mine)),
+                _cell(metrics.acceptance_rate(mine), scale=100, digits=1, suffix=" %"),
+                " ".join(_cell(rate, scale=100, digits=0) or "-" for rate in rates),
+                " ".join(f"{length}:{count}" for length, count in enumerate(histogram) if count),
+            )
+        )
+    head = (
+        "decoder",
+        "tokens per step",
+        "accepted of drafted",
+        "by position %",
+        "steps that committed r (r:steps)",
+    )
+    return "## Acceptance, all tasks\n\n" + _markdown(head, body)
+
+
+def divergence_lines(record: RunRecord) -> list[str]:
+    """For each lossless decoder, how many of its outputs are AR's exactly, token ids and text."""
+    reference = _of(record, REFERENCE)
+    lines = []
+    for decoder, facts in record.header.decoders.items():
+        if decoder == REFERENCE or not facts["lossless"] or not reference:
+            continue
+        equal, compared = metrics.equal_outputs(_of(record, decoder), reference)
+        line = f"- {decoder}: {equal} of {compared} outputs equal those of ar exactly"
+        if equal < compared:
+            line += (
+                " (float32: this is a defect)"
+                if record.header.dtype == "float32"
+                else f" ({record.header.dtype}: near-ties may fall differently)"
+            )
+        lines.append(line)
+    return lines
+
+
+def _of(record: RunRecord, decoder: str) -> list[Measurement]:
+    return [row for row in record.measurements if row.decoder == decoder]
+
+
+def _cell(
+    value: float | None,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    scale: float = 1,
+    digits: int = 2,
+    suffix: str = "",
+) -> str:
+    if value is None:
+        return ""
+    text = f"{value * scale:.{digits}f}{suffix}"
+    if low is None or high is None:
+        return text
+    return f"{text} [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
+
+
+def _interval(interval: Interval, *, scale: float, digits: int) -> str:
+    return _cell(interval.value, interval.low, interval.high, scale=scale, digits=digits)
+
+
+def _markdown(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_tables(folder: Path) -> str:
+    """Write tables.md and tables.csv into a record folder; gives the Markdown."""
+    record = read_record(folder)
+    page = to_markdown(record)
+    write_whole(folder / "tables.csv", to_csv(table_rows(record)))
+    write_whole(folder / "tables.md", page)
+    return page
