@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and options."""
-    top = _Parser(prog="python -m bench", description=__doc__.splitlines()[0])
+    top = _Parser(prog="python -m bench", description="TiDAR benchmarks")
     verbs = top.add_subparsers(dest="verb", required=True, parser_class=_Parser)
     words = {
         "reproduce": "run what suits this machine (or --profile), then print and write the tables",
