@@ -12,6 +12,7 @@ every mode, so that a score never depends on whether the hub could be reached.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import io
 import logging
@@ -23,6 +24,7 @@ Row = Mapping[str, Any]
 
 # Folder of each task inside lm_eval/tasks: indexing one folder takes 10 ms, all of them seconds.
 FOLDERS = {"humaneval": "humaneval", "mbpp": "mbpp", "mbpp_plus": "mbpp", "gsm8k_cot": "gsm8k"}
+FEWSHOT_SEED = 1234  # simple_evaluate's default; none of our tasks draws shots
 PROGRAM_TIMEOUT_S = 3.0  # lm-eval's own limit for one program
 
 
@@ -163,17 +165,36 @@ def _evaluate(
         def loglikelihood_rolling(self, requests: list[Any], **_: object) -> list[float]:
             raise NotImplementedError("the tasks of this suite only generate")
 
-    with our_code_eval(), _quiet():
-        results = lm_eval.simple_evaluate(
+    # `evaluate`, not `simple_evaluate`: that one seeds the global generators, runs pip to describe
+    # the machine (seconds) and answers None on every torchrun rank but the first.
+    with our_code_eval(), _templates_compiled_once(), _quiet():
+        loaded = task_manager(task).load(specs(task, rows))
+        loaded["tasks"][task].set_fewshot_seed(FEWSHOT_SEED)
+        if predict_only:
+            loaded["tasks"][task].override_metric("bypass")
+        results = lm_eval.evaluate(
             Answers(),
-            tasks=specs(task, rows),
-            task_manager=task_manager(task),
-            predict_only=predict_only,
+            loaded,
             bootstrap_iters=0,
             log_samples=True,
             confirm_run_unsafe_code=True,  # they run in our sandbox
         )
     return results["samples"][task]
+
+
+@contextlib.contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """lm-eval compiles each template again for every document and shot: most of its time.
+
+    The same templates give the same text; the prompt hashes in library_task.py watch over it.
+    """
+    from lm_eval import utils
+
+    utils.env.from_string = functools.lru_cache(maxsize=None)(utils.env.from_string)
+    try:
+        yield
+    finally:
+        del utils.env.from_string  # the class's own method again
 
 
 @contextlib.contextmanager
