@@ -163,7 +163,13 @@ def profile_from(args: argparse.Namespace) -> Profile:
 
 def _run(args: argparse.Namespace, words: list[str]) -> int:
     from bench import harness
+    from bench import store as record_store
 
+    # Both are looked at again when the record is opened; here it spares the loading of weights.
+    if args.resume:
+        record_store.read_header(args.resume)
+    elif args.out:
+        record_store.check_free(args.out)
     profile = profile_from(args)
     prepared = harness.prepare(profile, data_dir=args.data_dir)
     header = harness.make_header(prepared, words)

@@ -143,13 +143,9 @@ class RunStore:
     @classmethod
     def create(cls, folder: Path, header: RunHeader) -> RunStore:
         """A new record; UserError if the folder has content or cannot be made."""
+        check_free(folder)
         existed = folder.exists()
         try:
-            if existed and (not folder.is_dir() or any(folder.iterdir())):
-                raise UserError(
-                    f"{folder} already exists and is not an empty folder; continue it with "
-                    "--resume or name another with --out"
-                )
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _cannot_write(folder, error) from error
@@ -205,6 +201,18 @@ class RunStore:
     def close(self) -> None:
         for file in (self._steps, self._measurements, self._sessions):
             file.close()
+
+
+def check_free(folder: Path) -> None:
+    """UserError unless a new record could go to `folder`: it is not there, or an empty folder."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"{folder} already exists and is not an empty folder; continue it with --resume "
+                "or name another with --out"
+            )
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
 
 
 def read_header(folder: Path) -> RunHeader:
