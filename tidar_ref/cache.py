@@ -49,33 +49,15 @@ class KVCache:
         """True if all sequences have the same length, so one slice serves them all."""
         return len(self.lengths) == 1 or len(set(self.lengths)) == 1
 
-    def place(self, width: int) -> slice | Tensor:
-        """Where the next `width` tokens go: a slice, or indices [B, width] if lengths differ."""
+    def open(self, width: int) -> OpenSlots:
+        """Make room for `width` new tokens a sequence behind the committed ones."""
         capacity = self.max_len + self.scratch
         if max(self.lengths) + width > capacity:
             raise UserError(
                 f"{width} new tokens behind {max(self.lengths)} cached ones exceed the cache's"
                 f" {capacity} slots: allocate a longer cache"
             )
-        if self.uniform:
-            return slice(self.lengths[0], self.lengths[0] + width)
-        return self.kv_len[:, None] + torch.arange(width, device=self.kv_len.device)
-
-    def write(
-        self, layer: int, place: slice | Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, Hkv, Q, D] at `place`; return all keys and values up to the last one."""
-        keys, values = self.k[layer], self.v[layer]
-        if isinstance(place, slice):
-            keys[:, :, place] = k
-            values[:, :, place] = v
-            end = place.stop
-        else:
-            index = place[:, None, :, None].expand_as(k)
-            keys.scatter_(2, index, k)
-            values.scatter_(2, index, v)
-            end = max(self.lengths) + k.shape[2]
-        return keys[:, :, :end], values[:, :, :end]
+        return OpenSlots(self, width)
 
     def advance(self, counts: list[int]) -> None:
         """Commit the first counts[b] of the tokens just written; the rest becomes scratch again."""
@@ -83,3 +65,31 @@ class KVCache:
         if max(self.lengths) > self.max_len + self.scratch:
             raise ValueError(f"cache lengths {self.lengths} exceed {self.max_len + self.scratch}")
         self.kv_len = torch.tensor(self.lengths, dtype=torch.int64, device=self.kv_len.device)
+
+
+class OpenSlots:
+    """The views one forward writes to and reads from, made once and not once a layer."""
+
+    def __init__(self, cache: KVCache, width: int) -> None:
+        end = max(cache.lengths) + width
+        self.keys = cache.k[:, :, :, :end].unbind(0)
+        self.values = cache.v[:, :, :, :end].unbind(0)
+        self.index: Tensor | None = None  # [B, 1, Q, 1], only if lengths differ
+        if cache.uniform:
+            start = cache.lengths[0]
+            self.new_keys = cache.k[:, :, :, start:end].unbind(0)
+            self.new_values = cache.v[:, :, :, start:end].unbind(0)
+        else:
+            steps = torch.arange(width, device=cache.kv_len.device)
+            self.index = (cache.kv_len[:, None] + steps)[:, None, :, None]
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, Hkv, Q, D]; return all keys and values [B, Hkv, L, D] of the layer."""
+        if self.index is None:
+            self.new_keys[layer].copy_(k)
+            self.new_values[layer].copy_(v)
+        else:
+            index = self.index.expand_as(k)
+            self.keys[layer].scatter_(2, index, k)
+            self.values[layer].scatter_(2, index, v)
+        return self.keys[layer], self.values[layer]

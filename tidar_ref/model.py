@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tidar_ref.cache import KVCache
+from tidar_ref.cache import KVCache, OpenSlots
 from tidar_ref.config import ModelConfig
+from tidar_ref.linear import Linear, TiedHead
 
 __all__ = ["ModelConfig", "Transformer"]
 
@@ -47,12 +48,19 @@ class Transformer(nn.Module):
         self.lm_head = (
             TiedHead(self.embed)
             if config.tied_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False, **kind)
+            else Linear(config.hidden_size, config.vocab_size, bias=False, **kind)
         )
         self.to_empty(device=device)
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
+
+    def prepare(self) -> Transformer:
+        """Choose the fastest matrix routes for inference on this device (`tidar_ref.linear`)."""
+        for module in self.modules():
+            if isinstance(module, Linear | TiedHead):
+                module.prepare()
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,22 +98,11 @@ class Transformer(nn.Module):
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         if self.dtype != torch.float32:
             cos, sin = cos.to(self.dtype), sin.to(self.dtype)
-        place = cache.place(width)
-        hidden = self.embed(input_ids)
+        slots = cache.open(width)
+        hidden = self.embed(input_ids.reshape(-1))  # [B*Q, H]: rows of every matrix product
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, cache, place, index, bias, fold)
-        return self.norm(hidden)
-
-
-class TiedHead(nn.Module):
-    """LM head that shares the embedding table: hidden [..., H] -> logits [..., V]."""
-
-    def __init__(self, embed: nn.Embedding) -> None:
-        super().__init__()
-        self._embed = (embed,)  # in a tuple: the table is registered, saved and moved once
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self._embed[0].weight)
+            hidden = layer(hidden, cos, sin, slots, index, bias, fold)
+        return self.norm(hidden).view(batch, width, -1)
 
 
 class Layer(nn.Module):
@@ -118,38 +115,39 @@ class Layer(nn.Module):
         rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         hidden, inner = config.hidden_size, config.intermediate_size
         self.attn_norm = _norm(hidden, config, kind)
-        self.qkv = nn.Linear(hidden, rows, bias=config.qkv_bias, **kind)
+        self.qkv = Linear(hidden, rows, bias=config.qkv_bias, **kind)
         self.q_norm = _norm(config.head_dim, config, kind) if config.qk_norm else None
         self.k_norm = _norm(config.head_dim, config, kind) if config.qk_norm else None
-        self.o = nn.Linear(config.num_heads * config.head_dim, hidden, bias=False, **kind)
+        self.o = Linear(config.num_heads * config.head_dim, hidden, bias=False, **kind)
         self.mlp_norm = _norm(hidden, config, kind)
-        self.gate_up = nn.Linear(hidden, 2 * inner, bias=False, **kind)
-        self.down = nn.Linear(inner, hidden, bias=False, **kind)
+        self.gate_up = Linear(hidden, 2 * inner, bias=False, **kind)
+        self.down = Linear(inner, hidden, bias=False, **kind)
 
     def forward(
         self,
         hidden: Tensor,
         cos: Tensor,
         sin: Tensor,
-        cache: KVCache,
-        place: slice | Tensor,
+        slots: OpenSlots,
         index: int,
         bias: Tensor | None,
         fold: bool,
     ) -> Tensor:
-        """hidden [B, Q, H] -> [B, Q, H]; cos, sin [B, 1, Q, D]; bias broadcasts over heads."""
-        batch, width, _ = hidden.shape
+        """hidden [B*Q, H] -> [B*Q, H]; cos, sin [B, 1, Q, D]; bias broadcasts over heads."""
+        batch, width = cos.shape[0], cos.shape[2]
         heads = self.qkv(self.attn_norm(hidden)).view(batch, width, -1, self.head_dim)
-        q, k, v = heads.transpose(1, 2).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        heads = heads.transpose(1, 2)  # [B, Hq + 2 Hkv, Q, D]
+        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        keys, values = cache.write(index, place, k, v)
+            q, k = qk.split([self.heads, self.kv_heads], dim=1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
+        q, k = rotate(qk, cos, sin).split([self.heads, self.kv_heads], dim=1)
+        keys, values = slots.write(index, k, v)
         if fold:  # [B, Hq, Q, D] -> [B, Hkv, G*Q, D]: heads of one group share keys and values
             q = q.reshape(batch, self.kv_heads, self.groups * width, self.head_dim)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, enable_gqa=not fold)
         out = out.reshape(batch, self.heads, width, self.head_dim).transpose(1, 2)
-        hidden = hidden + self.o(out.reshape(batch, width, self.heads * self.head_dim))
+        hidden = hidden + self.o(out.reshape(batch * width, self.heads * self.head_dim))
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
         return hidden + self.down(F.silu(gate) * up)
 
@@ -184,14 +182,14 @@ def attention_bias(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split form; x [B, heads, Q, D]."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+    """Rotary embedding, half-split form; x [B, heads, Q, D], sin negated in its first half."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin [max_position, D] in float32, with the "llama3" frequency scaling if configured.
 
+    The first half of sin is negated: the rotation is then x * cos + roll(x, D/2) * sin.
     Scaling as published with Llama 3.1: wavelengths beyond the original context are stretched by
     `factor`, short ones kept, those between blended linearly.
     """
@@ -205,8 +203,8 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
         blend = ((context / wavelength - low) / (high - low)).clamp(0.0, 1.0)
         freq = (1 - blend) * freq / scaling["factor"] + blend * freq
     angles = torch.arange(config.max_position, dtype=torch.float32)[:, None] * freq[None, :]
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def _norm(size: int, config: ModelConfig, kind: dict) -> nn.RMSNorm:
