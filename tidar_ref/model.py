@@ -27,6 +27,10 @@ __all__ = ["ModelConfig", "Transformer"]
 # keys and values are read once and never repeated; beyond it the folded mask would be large.
 FOLD_GROUPS_UP_TO = 512
 
+# Drafts and masks near the last position look past it (by 3K - 1 at most, K <= 16) before they are
+# thrown away, so the rotary tables are that much longer than the context.
+POSITIONS_PAST_THE_END = 64
+
 
 class Transformer(nn.Module):
     """The shared backbone. Parameters are uninitialised until loaded or `init_random` is called."""
@@ -187,7 +191,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_position, D] in float32, with the "llama3" frequency scaling if configured.
+    """cos and sin [max_position + 64, D] in float32, with the "llama3" frequency scaling if configured.
 
     The first half of sin is negated: the rotation is then x * cos + roll(x, D/2) * sin.
     Scaling as published with Llama 3.1: wavelengths beyond the original context are stretched by
@@ -202,7 +206,8 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
         wavelength = 2 * math.pi / freq
         blend = ((context / wavelength - low) / (high - low)).clamp(0.0, 1.0)
         freq = (1 - blend) * freq / scaling["factor"] + blend * freq
-    angles = torch.arange(config.max_position, dtype=torch.float32)[:, None] * freq[None, :]
+    rows = config.max_position + POSITIONS_PAST_THE_END
+    angles = torch.arange(rows, dtype=torch.float32)[:, None] * freq[None, :]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
