@@ -191,7 +191,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_position + 64, D] in float32, with the "llama3" frequency scaling if configured.
+    """cos and sin [max_position + 64, D] in float32, "llama3" frequency scaling if configured.
 
     The first half of sin is negated: the rotation is then x * cos + roll(x, D/2) * sin.
     Scaling as published with Llama 3.1: wavelengths beyond the original context are stretched by
