@@ -183,7 +183,7 @@ def test_derived_rows(shared_data: Path) -> None:
     plus = data.require("mbpp_plus", shared_data).read()
     assert len(plus) == 378 and plus[0]["task_id"] == 2 and "test_list" in plus[0]
     with pytest.raises(UserError, match=r"lacks ids \[3\]"):
-        data.mbpp_plus_rows([{"task_id": "Mbpp/3"}], [{"task_id": 2}])
+        data.mbpp_plus_rows([{"task_id": "Mbpp/3", "canonical_solution": ""}], [{"task_id": 2}])
 
 
 def test_cache_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -172,15 +172,20 @@ def mbpp_test_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def mbpp_plus_rows(
     plus: list[dict[str, Any]], sanitized: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Rows of the hub's mbppplus: the ids of MBPP+ with the texts and tests of sanitized MBPP."""
+    """Rows of MBPP+ as lm-eval reads them: texts and tests of sanitized MBPP, solutions of MBPP+.
+
+    The older solutions of 139, 233 and 276 do not import the `math` that their tests use.
+    """
     by_id = {row["task_id"]: row for row in sanitized}
-    ids = [int(row["task_id"].removeprefix("Mbpp/")) for row in plus]
-    missing = [number for number in ids if number not in by_id]
+    solutions = {
+        int(row["task_id"].removeprefix("Mbpp/")): row["canonical_solution"] for row in plus
+    }
+    missing = [number for number in solutions if number not in by_id]
     if missing:
         raise UserError(
             f"sanitized-mbpp.json lacks ids {missing[:5]} that MBPP+ has; fetch it again"
         )
-    return [by_id[number] for number in ids]
+    return [by_id[number] | {"code": code} for number, code in solutions.items()]
 
 
 def _from_files(name: str, folder: Path) -> Found:
