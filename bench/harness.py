@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16")
 WARMUP_PROMPT = "Warm-up, not measured: count from one to ten.\none two three"
+WARMUP_SECONDS = 10.0  # a busy machine may never be stable: then this ends the warm-up
 WARMUP_STABLE = 0.10  # two rounds in a row within 10 % of each other end the warm-up
 
 
@@ -245,7 +246,8 @@ def warm_up(prepared: Prepared) -> dict[str, dict[str, float]]:
     prompt = prepared.loaded.tokenizer.encode(WARMUP_PROMPT)
     for label, decoder in prepared.decoders.items():
         previous, rounds, rate = 0.0, 0, 0.0
-        while rounds < profile.warmup_max_rounds:
+        deadline = time.perf_counter() + WARMUP_SECONDS
+        while rounds < profile.warmup_max_rounds and (not rounds or time.perf_counter() < deadline):
             [trace] = generate(decoder, [prompt], max_new_tokens=profile.warmup_tokens)
             rounds += 1
             seconds = trace.decode_s
