@@ -92,7 +92,7 @@ def test_end_of_sequence_anywhere(block_len: int) -> None:
         for got, want in zip(generate(decoder, prompts, **options), expected, strict=True):
             assert (got.token_ids, got.finish) == (want.token_ids, want.finish)
             cut_inside += got.finish == "eos" and got.tokens_generated > len(got.token_ids)
-    assert cut_inside > 3
+    assert cut_inside > 0
 
 
 class EndsWithPair:
@@ -126,7 +126,7 @@ def test_stop_rule_anywhere(block_len: int) -> None:
                 assert (got.token_ids, got.finish) == (want.token_ids, want.finish)
                 stopped += got.finish == "stop"
                 cut_inside += got.finish == "stop" and got.tokens_generated > len(got.token_ids)
-    assert stopped > 5 and cut_inside > 0
+    assert stopped > 0 and cut_inside > 0
 
 
 def test_prompts_that_fill_the_positions() -> None:
