@@ -30,7 +30,7 @@ EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 # Qwen's own quantised file of Qwen2.5-Coder-0.5B-Instruct.
 SMALL_SHA256 = {"1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"}
 SMALL_IDS = {"Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF"}
-PAPER_IDS = {"Qwen/Qwen2.5-1.5B", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "Qwen/Qwen3-32B"}
+PAPER_IDS = {"Qwen/Qwen2.5-1.5B", "Qwen/Qwen3-4B-Base", "Qwen/Qwen3-8B-Base", "Qwen/Qwen3-8B"}
 # Tokens a vocabulary holds but its training text (almost) never did, best first: Qwen 151662,
 # SmolLM2 4, Llama 3.1 128002.
 SPARE_TOKENS = ("<|mask|>", "<|fim_pad|>", "<reponame>", "<|reserved_special_token_0|>")

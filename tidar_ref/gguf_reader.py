@@ -123,7 +123,7 @@ class GGUFFile:
             raise UserError(
                 f"tensor {name} of {self.path} has unknown quantization type {kind}"
             ) from None
-        size = int(np.prod(shape)) // block * size
+        size = math.prod(shape) // block * size
         if start + size > len(self._data):
             raise self._cut()
         return _Entry(shape=tuple(shape), kind=kind, start=start, size=size)
