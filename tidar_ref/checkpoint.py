@@ -248,7 +248,7 @@ def _loaded(
             f" {tokenizer.eos_token_ids}: name an unused token"
         )
     return LoadedModel(
-        model=model.eval().requires_grad_(False),
+        model=model.eval().requires_grad_(False).prepare(),
         tokenizer=tokenizer,
         source=WeightsSource(
             mask_token_id=mask,
