@@ -1,4 +1,4 @@
-"""`python -m bench peers`: our AR decoder against transformers' `generate`, same weights and prompts.
+"""`python -m bench peers`: our AR decoder against transformers' `generate` on the same weights.
 
 A speed-up over a slow baseline is worth nothing, so the AR row itself is compared with the stock
 engine: dynamic and static cache, interleaved in one process (ABC, CAB, BCA ...), fixed length,
@@ -102,9 +102,7 @@ def _result(
 
     ratios = [a / b for a, b in zip(speeds[OURS], speeds[name], strict=True)]
     rng = random.Random(0)
-    medians = sorted(
-        statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000)
-    )
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
     same = [a == b for a, b in zip(texts[OURS], texts[name], strict=True)]
     return PeerResult(
         engine=name,
