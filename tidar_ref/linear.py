@@ -22,6 +22,9 @@ class Linear(nn.Linear):
 
     wide: Tensor | None = None
 
+    def reset_parameters(self) -> None:
+        """Nothing: weights are loaded or filled by `Transformer.init_random`."""
+
     def forward(self, x: Tensor) -> Tensor:
         if self.wide is not None and x.shape[0] >= WIDE_FROM_ROWS:
             bias = None if self.bias is None else self.bias.float()

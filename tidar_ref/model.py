@@ -44,9 +44,10 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        # Built without storage first: nn.Linear's own initialisation would cost minutes at 8B.
+        # Built without storage or initialisation first: that would cost minutes at 8B.
         kind = {"dtype": dtype, "device": "meta"}
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, **kind)
+        table = torch.empty(config.vocab_size, config.hidden_size, **kind)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
         self.layers = nn.ModuleList(Layer(config, kind) for _ in range(config.num_layers))
         self.norm = _norm(config.hidden_size, config, kind)
         self.lm_head = (
