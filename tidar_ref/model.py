@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tidar_ref.cache import KVCache, OpenSlots
 from tidar_ref.config import ModelConfig
-from tidar_ref.linear import Linear, TiedHead
+from tidar_ref.linear import Linear, RMSNorm, TiedHead
 
 __all__ = ["ModelConfig", "Transformer"]
 
@@ -213,5 +213,5 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def _norm(size: int, config: ModelConfig, kind: dict) -> nn.RMSNorm:
-    return nn.RMSNorm(size, eps=config.norm_eps, **kind)
+def _norm(size: int, config: ModelConfig, kind: dict) -> RMSNorm:
+    return RMSNorm(size, eps=config.norm_eps, **kind)
