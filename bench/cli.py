@@ -61,7 +61,7 @@ def _run_options(verb: argparse.ArgumentParser, name: str) -> None:
     verb.add_argument("--tasks", nargs="+", help="names, with commas or blanks between")
     verb.add_argument("--limit", type=int, help="first N problems of each task")
     verb.add_argument("--device", help="cpu, cuda, cuda:N or auto")
-    verb.add_argument("--dtype", help="float32, bfloat16 or auto")
+    verb.add_argument("--dtype", help="float32 or bfloat16")
     verb.add_argument("--weights", help="embedded, random:SHAPE, a .gguf, a folder or a hub id")
     verb.add_argument("--data-dir", type=Path, help="folder with the benchmark files")
     verb.add_argument("--out", type=Path, help=f"record folder to make (default: under {RUNS}/)")

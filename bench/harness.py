@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from bench.tasks.task import Problem, Task
     from tidar_ref.decoding import Decoder, GenerationTrace
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")
 WARMUP_PROMPT = "Warm-up, not measured: count from one to ten.\none two three"
 WARMUP_SECONDS = 10.0  # a busy machine may never be stable: then this ends the warm-up
 WARMUP_STABLE = 0.10  # two rounds in a row within 10 % of each other end the warm-up
@@ -80,21 +80,13 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def resolve_dtype(name: str, device: str) -> str:
-    """ "auto" to bfloat16 where the device computes in it, else float32; UserError if unknown."""
-    if name not in DTYPES:
-        raise UserError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
-    if name != "auto":
-        return name
-    native = device.startswith("cuda") or environment.cpu_has_bfloat16()
-    return "bfloat16" if native else "float32"
-
-
 def check_profile(profile: Profile) -> None:
     """UserError for a decoder, parameter or count no run could have; loads no weights."""
     from bench.tasks import TASKS
     from tidar_ref.checkpoint import load
 
+    if profile.dtype not in DTYPES:
+        raise UserError(f"unknown dtype {profile.dtype!r}; choose one of {', '.join(DTYPES)}")
     for spec in profile.tasks:
         if spec.name not in TASKS:
             raise UserError(f"unknown task {spec.name!r}; choose one of {', '.join(TASKS)}")
@@ -136,9 +128,8 @@ def prepare(profile: Profile, *, data_dir: Path | None = None) -> Prepared:
     from tidar_ref.checkpoint import load
 
     device = resolve_device(profile.device)
-    dtype = resolve_dtype(profile.dtype, device)
     check_profile(profile)
-    loaded = load(profile.weights, device=device, dtype=dtype, seed=profile.seed)
+    loaded = load(profile.weights, device=device, dtype=profile.dtype, seed=profile.seed)
     tasks, problems, notes = load_tasks(profile, data_dir=data_dir, tokenizer=loaded.tokenizer)
     decoders = build_decoders(profile.decoders, loaded)
     prompts = {
@@ -149,7 +140,7 @@ def prepare(profile: Profile, *, data_dir: Path | None = None) -> Prepared:
     prepared = Prepared(
         profile=profile,
         device=device,
-        dtype=dtype,
+        dtype=profile.dtype,
         loaded=loaded,
         tasks=tasks,
         problems=problems,

@@ -36,7 +36,7 @@ class TaskSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """One experiment. dtype "auto" is bfloat16 where the device computes in it, else float32.
+    """One experiment.
 
     max_new_tokens None means each problem's own limit; a number caps it (count). stopping "task"
     respects end-of-sequence and stop strings, "fixed" runs every generation to its limit (a speed
@@ -95,12 +95,12 @@ EMBEDDED = Profile(
     weights="embedded",
     decoders=(AR, tidar(4), tidar(8)),
     tasks=(
-        TaskSpec(name="humaneval", limit=8),
-        TaskSpec(name="mbpp", limit=6),
-        TaskSpec(name="gsm8k_cot", limit=6),
+        TaskSpec(name="humaneval", limit=6),
+        TaskSpec(name="mbpp", limit=4),
+        TaskSpec(name="gsm8k_cot", limit=4),
     ),
-    dtype="auto",
-    max_new_tokens=96,
+    dtype="bfloat16",
+    max_new_tokens=64,
     fallback=OWN_INSTEAD,
 )
 SMALL = Profile(
@@ -109,7 +109,7 @@ SMALL = Profile(
     weights="Qwen/Qwen2.5-Coder-0.5B-Instruct",
     decoders=(AR, tidar(4), tidar(8), tidar(16)),
     tasks=tuple(TaskSpec(name=name) for name in PAPER_TASKS),
-    dtype="auto",
+    dtype="bfloat16",
     fallback=OWN_INSTEAD,
 )
 PAPER = dataclasses.replace(
@@ -117,7 +117,6 @@ PAPER = dataclasses.replace(
     name="paper",
     purpose="the paper's own 1.5B base, all problems, K = 4, 8, 16 (needs a GPU and the hub)",
     weights="Qwen/Qwen2.5-1.5B",
-    dtype="bfloat16",
     fallback=(),
 )
 

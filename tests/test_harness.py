@@ -246,11 +246,10 @@ def test_unknown_devices(name: str) -> None:
         harness.resolve_device(name)
 
 
-def test_dtype_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_dtype() -> None:
+    profile = dataclasses.replace(PROFILES["smoke"], dtype="int8")
     with pytest.raises(UserError, match="unknown dtype 'int8'"):
-        harness.resolve_dtype("int8", "cpu")
-    assert harness.resolve_dtype("float32", "cuda") == "float32"
-    assert harness.resolve_dtype("auto", "cuda") == "bfloat16"
+        harness.check_profile(profile)
 
 
 def test_profiles_by_name() -> None:
