@@ -4,11 +4,15 @@ Two layers. Portable: a fresh isolated interpreter in its own session, wall-cloc
 file-size limits, a scratch folder as working directory, an empty environment, no stdin, and an
 audit hook that refuses sockets, processes, ctypes, signals and writes outside the scratch folder.
 Strong, where the Linux kernel allows it: new user, network, PID and IPC namespaces, so that no
-native code reaches the network either and every descendant dies with the program.
+native code reaches the network either and every descendant dies with the program; and (Linux
+5.12) a mount namespace in which every file outside the scratch folder is read-only.
 
 What this is not: a boundary against a determined attacker. The audit hook stops Python code, not
-native code in an installed extension module, and files readable by the user stay readable.
-`isolation()` says which layer this machine gives; records name it.
+native code in an installed extension module, and a few calls raise no audit event (mkfifo, shared
+memory): only the strong layer stops those. Files readable by the user stay readable. A program
+that searches the interpreter's frames for the token can claim to have passed; none does by
+accident. Without the namespaces and without Linux, a descendant in a session of its own survives.
+`isolation()` says which layer this machine gives.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from pathlib import Path
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 MEMORY_BYTES = 2 * 1024**3
+ISOLATIONS = ("namespaces, read-only files", "namespaces", "audit hook")
 STATUSES = ("passed", "failed", "timeout", "memory", "crashed")
 GRACE_S = 10.0  # start-up of the interpreter and clean-up, on a loaded machine
 
@@ -39,7 +44,7 @@ class Verdict:
     status: str
     detail: str
     seconds: float
-    isolation: str  # "namespaces" or "audit hook"
+    isolation: str  # one of ISOLATIONS; "unknown" when the supervisor was killed
 
 
 def run_program(
@@ -110,7 +115,7 @@ def run_many(
 
 @functools.cache
 def isolation() -> str:
-    """The layer this machine gives: "namespaces" or "audit hook" (asks by running `pass`)."""
+    """The layer this machine gives, one of ISOLATIONS (asks by running `pass`)."""
     return run_program("pass").isolation
 
 

@@ -120,7 +120,7 @@ def test_find_zero_is_repaired_for_right_answers_only(humaneval: dict[str, dict]
 def test_generated_programs_have_no_network(
     shared_data: Path, humaneval: dict[str, dict], tmp_path: Path
 ) -> None:
-    if isolation() != "namespaces":
+    if not isolation().startswith("namespaces"):
         pytest.skip("this kernel gives no namespaces")
     with socket.create_server(("127.0.0.1", 0)) as server:
         program = reference(humaneval["HumanEval/0"]) + (

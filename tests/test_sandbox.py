@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from bench.sandbox import isolation, run_many, run_program
+from bench.sandbox import CHILD, ISOLATIONS, isolation, run_many, run_program
 
 
 def test_right_and_wrong_programs() -> None:
     assert run_program("assert 1 + 1 == 2").passed
     wrong = run_program("assert 1 + 1 == 3")
     assert not wrong.passed and wrong.status == "failed" and "AssertionError" in wrong.detail
-    assert isolation() in ("namespaces", "audit hook")
+    assert isolation() in ISOLATIONS
 
 
 NASTY = {
@@ -41,6 +44,33 @@ NASTY = {
     "keyboard interrupt": "raise KeyboardInterrupt",
     "generator exit": "raise GeneratorExit",
     "environment": "import os\nassert os.environ",
+    "atexit": "import atexit, os\natexit.register(lambda: os._exit(0))\nassert False",
+    "exit from a thread": (
+        "import os, threading, time\nthreading.Thread(target=lambda: os._exit(0)).start()\n"
+        "time.sleep(1)"
+    ),
+    "exception that leaves": (
+        "class E(Exception):\n    def __str__(self): __import__('os')._exit(0)\nraise E"
+    ),
+    "except hook": "import sys\nsys.excepthook = lambda *a: None\nraise ValueError",
+    "own report": (
+        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'passed')\n"
+        "    except OSError: pass\nos._exit(0)"
+    ),
+    "closed descriptors": "import os\nos.closerange(0, 64)\nassert False",
+    "catches memory error": (
+        "try: x = bytearray(10**12)\nexcept MemoryError: pass\nassert False"
+    ),
+    "thread bomb": (
+        "import threading, time\nfor _ in range(5000):\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()"
+    ),
+    "fork bomb": "import os\nwhile True:\n    os.fork()",
+    "multiprocessing": (
+        "import multiprocessing as m\np = m.Process(target=print)\np.start()\np.join()"
+    ),
+    "half a character": "x = '\ud800'",
+    "null byte": "x = 1\0",
 }
 
 
@@ -97,6 +127,11 @@ def test_files_outside_the_scratch_folder_are_safe(tmp_path: Path) -> None:
         f"import os\nos.symlink({str(kept)!r}, 'l')\nopen('l', 'w').write('x')",
         f"import shutil\nshutil.rmtree({str(tmp_path)!r})",
         f"open({str(kept)!r}, 'r+').write('x')",
+        "open('../sandbox-escape', 'w').write('x')",
+        f"import sqlite3\nsqlite3.connect({str(tmp_path / 'new')!r}).execute('create table t(x)')",
+        f"import os\nos.setxattr({str(kept)!r}, 'user.x', b'1')",
+        f"import os\nos.remove('kept', dir_fd=os.open({str(tmp_path)!r}, os.O_RDONLY))",
+        f"open('mine', 'w').write('x')\nimport os\nos.replace('mine', {str(kept)!r})",
     ):
         assert not run_program(source).passed, source
     assert kept.read_text() == "here"
@@ -113,21 +148,91 @@ def test_environment_is_empty_and_name_is_not_main() -> None:
     assert run_program("if __name__ == '__main__': raise ValueError").passed
 
 
+def test_what_right_programs_need_works() -> None:
+    for source in (
+        "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nassert A(1).x == 1",
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass A:\n    x: int\nassert A(1) == A(1)",
+        "import asyncio\nasync def f(): return 3\nassert asyncio.run(f()) == 3",
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "assert list(ThreadPoolExecutor(2).map(abs, [-1])) == [1]",
+        "import tempfile\nopen(tempfile.mkstemp()[1], 'w').write('x')",
+        "import sys\nsys.setrecursionlimit(9000)\ndef f(n): return n and f(n - 1)\nf(8000)",
+        "import random, uuid, hashlib, ctypes, numpy",
+        "try: raise SystemExit\nexcept BaseException: pass",
+    ):
+        verdict = run_program(source, timeout_s=10.0)
+        assert verdict.passed, (source, verdict)
+
+
+AS_S = f"""
+import os, sys
+sys.path.insert(0, {str(CHILD.parent)!r})
+import sandbox_child as s
+"""
+
+
+def run_child(script: str) -> subprocess.CompletedProcess[str]:
+    """A script that has the supervisor as `s`, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", AS_S + script], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_portable_layer_holds_without_namespaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tmp_path / "hook_only.py"
+    child.write_text(AS_S + 's.isolate = lambda: "audit hook"\ns.main()\n')
+    monkeypatch.setattr("bench.sandbox.CHILD", child)
+    assert run_program("pass").isolation == "audit hook"
+    test_no_network()
+    (tmp_path / "files").mkdir()
+    test_files_outside_the_scratch_folder_are_safe(tmp_path / "files")
+    test_memory_limit()
+
+
+def test_the_strong_layer_holds_without_the_hook(tmp_path: Path) -> None:
+    """Network, mkfifo and shared memory, by code that no audit hook looks at."""
+    if isolation() != ISOLATIONS[0]:
+        pytest.skip(f"this machine gives: {isolation()}")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        done = run_child(f"""
+import json, socket
+from multiprocessing import shared_memory
+assert s.isolate() == "namespaces" and s.read_only_except({str(scratch)!r})
+os.chdir({str(scratch)!r})
+open("mine", "w").write("x")
+refused = []
+for name, act in {{
+    "connect": lambda: socket.create_connection(("127.0.0.1", {server.getsockname()[1]}), 1),
+    "open": lambda: open({str(tmp_path / "new")!r}, "w"),
+    "mkfifo": lambda: os.mkfifo({str(tmp_path / "new")!r}),
+    "relative": lambda: open("../new", "w"),
+    "shared memory": lambda: shared_memory.SharedMemory(create=True, size=10),
+}}.items():
+    try:
+        act()
+    except OSError:
+        refused.append(name)
+print(json.dumps(refused))
+""")
+    expected = ["connect", "open", "mkfifo", "relative", "shared memory"]
+    assert done.returncode == 0 and json.loads(done.stdout) == expected, done.stderr
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "scratch"]
+
+
 def test_output_is_dropped() -> None:
     assert run_program("print('x' * 10**6)\nimport sys\nsys.stderr.write('y' * 10**6)").passed
 
 
 def test_descendants_die_with_the_program(tmp_path: Path) -> None:
     """Native code may fork past the audit hook; the namespace or the subreaper still ends it."""
-    import subprocess
-    import sys
-
-    # The same supervisor with a child that forks a daemon before the hook is in place.
     marker = f"sandbox-daemon-{os.getpid()}"
-    script = f"""
-import os, sys, time
-sys.path.insert(0, {str(Path(__file__).resolve().parents[1] / "bench")!r})
-import sandbox_child as s
+    done = run_child(f"""
+import time
 def run(request, token, writer):
     if os.fork() == 0:
         os.setsid()
@@ -138,8 +243,7 @@ def run(request, token, writer):
 s.run = run
 s.isolate()
 print(s.supervise({{"timeout_s": 5.0}}))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+""")
     assert "passed" in done.stdout, done.stderr
     alive = [p for p in Path("/proc").glob("[0-9]*/cmdline") if marker.encode() in _read(p)]
     assert not alive
