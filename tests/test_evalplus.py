@@ -57,11 +57,9 @@ def test_humaneval_references_pass_and_wrong_answers_fail(
     )
     # The example of its docstring only; base tests it fails.
     programs["HumanEval/2"] = "def truncate_number(number):\n    return 0.5\n"
-    # A syntax error, an early exit and an endless loop are failures, not accidents. (Outside a
-    # function the loop would meet no limit per input and cost evalplus two minutes.)
+    # A syntax error and an early exit are failures, not accidents.
     programs["HumanEval/5"] = "def intersperse(:\n"
     programs["HumanEval/23"] = "import sys\nsys.exit(0)\n"
-    programs["HumanEval/53"] = "def add(x, y):\n    while True: pass\n"
     started = time.perf_counter()
     found = score(shared_data, "humaneval", programs, tmp_path)
     assert time.perf_counter() - started < 60
@@ -70,7 +68,7 @@ def test_humaneval_references_pass_and_wrong_answers_fail(
         "HumanEval/32": EvalplusVerdict(
             base=False, plus=False, base_repaired=True, plus_repaired=True
         ),
-        **{f"HumanEval/{i}": FAILS for i in (2, 5, 23, 53)},
+        **{f"HumanEval/{i}": FAILS for i in (2, 5, 23)},
     }
 
 
@@ -235,6 +233,8 @@ def test_verdicts_equal_those_of_the_command_line(
     programs = {id: reference(row) for id, row in list(humaneval.items())[30:36]}
     programs["HumanEval/31"] = "def is_prime(n):\n    return n in (2, 3, 5, 7, 11, 13)\n"
     programs["HumanEval/33"] = "def sort_third(l):\n    return 1 / 0\n"
+    # Outside a function this loop would meet no limit per input and cost evalplus two minutes.
+    programs["HumanEval/34"] = "def unique(l):\n    while True: pass\n"
     ours = score(shared_data, "humaneval", programs, tmp_path / "ours")
 
     file, samples = tmp_path / "six.jsonl", tmp_path / "samples.jsonl"
@@ -254,6 +254,4 @@ def test_verdicts_equal_those_of_the_command_line(
         base = sample["base_status"] == "pass"
         assert ours[id].base == base, id
         assert ours[id].plus == (base and sample["plus_status"] == "pass"), id
-    assert {id for id in ours if ours[id].plus} == {
-        "HumanEval/30", "HumanEval/34", "HumanEval/35"
-    }  # fmt: skip
+    assert {id for id in ours if ours[id].plus} == {"HumanEval/30", "HumanEval/35"}
