@@ -141,17 +141,20 @@ def test_prompts_that_fill_the_positions() -> None:
             assert got.token_ids == ar.token_ids
 
 
-def test_smollm2_trust_ar_equals_ar(smollm_gguf: object) -> None:
-    """Real weights: SmolLM2-135M, three prompts in one batch, 40 tokens."""
+@pytest.mark.parametrize(
+    "block_len", [4, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 8, 16))]
+)
+def test_smollm2_trust_ar_equals_ar(smollm_gguf: object, block_len: int) -> None:
+    """Real weights: SmolLM2-135M, three prompts in one batch, 24 tokens."""
     checkpoint = pytest.importorskip("tidar_ref.checkpoint")
     loaded = checkpoint.load("embedded")
     texts = ("def fibonacci(n):\n", "1 2 3 4 5 6 7", "The capital of France is")
     prompts = [loaded.tokenizer.encode(text) for text in texts]
-    ar = generate(autoregressive.build(loaded.model), prompts, max_new_tokens=40)
+    ar = generate(autoregressive.build(loaded.model), prompts, max_new_tokens=24)
     decoder = tidar.build(
-        loaded.model, mask_token_id=loaded.source.mask_token_id, block_len=4, beta=1.0
+        loaded.model, mask_token_id=loaded.source.mask_token_id, block_len=block_len, beta=1.0
     )
-    got = generate(decoder, prompts, max_new_tokens=40)
+    got = generate(decoder, prompts, max_new_tokens=24)
     assert [t.token_ids for t in got] == [t.token_ids for t in ar]
 
 
