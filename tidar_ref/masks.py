@@ -16,6 +16,8 @@ One decode forward for K = 2 (d = drafted tokens, block j = proposal for "j toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,11 +32,16 @@ def decode_mask(block_len: int) -> Tensor:
 
     Drafts are causal and never see masks; block j sees d_0..d_{j-1} and all of itself.
     """
-    k = block_len
-    mask = torch.zeros(k * (k + 1), k * (k + 1), dtype=torch.bool)
+    return outcome_mask(block_len, range(1, block_len + 1))
+
+
+def outcome_mask(block_len: int, outcomes: Sequence[int]) -> Tensor:
+    """[K + nK, K + nK]: `decode_mask` with blocks for these n outcomes only, in this order."""
+    k, width = block_len, block_len * (1 + len(outcomes))
+    mask = torch.zeros(width, width, dtype=torch.bool)
     mask[:k, :k] = causal_mask(k)
-    for j in range(1, k + 1):
-        rows = slice(j * k, (j + 1) * k)
+    for index, j in enumerate(outcomes, start=1):
+        rows = slice(index * k, (index + 1) * k)
         mask[rows, :j] = True
         mask[rows, rows] = True
     return mask
@@ -42,9 +49,13 @@ def decode_mask(block_len: int) -> Tensor:
 
 def decode_positions(block_len: int) -> Tensor:
     """[K(K+1)] positions relative to the prefix length: draft i at i, slot m of block j at j+m."""
-    k = block_len
-    slots = torch.arange(k)
-    return torch.cat([slots] + [slots + j for j in range(1, k + 1)])
+    return outcome_positions(block_len, range(1, block_len + 1))
+
+
+def outcome_positions(block_len: int, outcomes: Sequence[int]) -> Tensor:
+    """[K + nK]: `decode_positions` for `outcome_mask`."""
+    slots = torch.arange(block_len)
+    return torch.cat([slots] + [slots + j for j in outcomes])
 
 
 def prefill_mask(prompt_len: int, block_len: int) -> Tensor:

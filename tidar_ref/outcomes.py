@@ -35,7 +35,7 @@ def parse_outcomes(value: str | int, block_len: int) -> tuple[int, ...]:
 def layout(outcomes: tuple[int, ...], length: int) -> tuple[int, ...]:
     """The outcomes drafted beside a draft of `length` tokens, as many as there are in `outcomes`.
 
-    A whole draft (length K) gives `outcomes` itself; entries may repeat when length < len(outcomes).
+    A whole draft (length K) gives `outcomes` itself; a draft shorter than their number, repeats.
     """
     last = len(outcomes) - 1
     return tuple(max(1, min(j, length - (last - i))) for i, j in enumerate(outcomes))

@@ -7,6 +7,10 @@ that beta = 1 ("Trust AR") is greedy AR of the same weights, token for token.
 
 Accounting: a token counts as committed when it is final. The verification token v_r is final in the
 step that computes it, so a step commits d_1..d_{r-1}, v_r: r tokens, 1 <= r <= K.
+
+With `outcomes` only those blocks are sent; `tidar_ref.outcomes` says what then follows an outcome
+that was not drafted. Drafts may then be shorter than K: the query is padded behind them with mask
+tokens, which nothing kept ever sees and which can never be accepted.
 """
 
 from __future__ import annotations
@@ -20,34 +24,46 @@ from torch import Tensor
 from tidar_ref.cache import KVCache
 from tidar_ref.decoding import State, StepTrace
 from tidar_ref.errors import UserError
-from tidar_ref.masks import decode_mask, decode_positions, prefill_mask
+from tidar_ref.masks import outcome_mask, outcome_positions, prefill_mask
 from tidar_ref.model import Transformer
+from tidar_ref.outcomes import layout, next_draft, parse_outcomes
 from tidar_ref.sampling import Sampling, choose, draw, leading_matches, mix, probabilities, reject
 
 BLOCK_LENS = range(2, 17)
+TEXT_PARAMETERS = ("outcomes",)
 
 
 class TidarState(State):
     """State plus the draft [B, K] (its first token is already committed) and, in mode "reject",
-    draft_probs [B, K-1, V], the distributions its other tokens were drawn from."""
+    draft_probs [B, K-1, V], the distributions its other tokens were drawn from. Of the draft,
+    draft_len [B] tokens count, the rest is padding; `lengths` is the host's copy."""
 
     def __init__(self, *, draft: Tensor, draft_probs: Tensor | None, **rest: Any) -> None:
         super().__init__(**rest)
         self.draft = draft
         self.draft_probs = draft_probs
+        self.lengths = [draft.shape[1]] * draft.shape[0]
+        self.draft_len = torch.tensor(self.lengths, device=draft.device)
 
 
 class TidarDecoder:
-    """Dense TiDAR: all K outcomes are drafted. Query width K(K+1) never changes.
+    """TiDAR with all K outcomes drafted, or the given ones; the query width never changes.
 
     block_len: K in 2..16. beta: weight of the AR logits in the verification mixture, 0..1.
-    mask_token_id: the vocabulary entry used as mask; it is never drafted.
+    outcomes: which of 1..K are drafted ("1-4-8"), None for all. mask_token_id: the vocabulary
+    entry used as mask; it is never drafted.
     """
 
     name = "tidar"
 
     def __init__(
-        self, model: Transformer, *, mask_token_id: int, block_len: int = 8, beta: float = 1.0
+        self,
+        model: Transformer,
+        *,
+        mask_token_id: int,
+        block_len: int = 8,
+        beta: float = 1.0,
+        outcomes: str | int | None = None,
     ) -> None:
         if not isinstance(block_len, int) or block_len not in BLOCK_LENS:
             raise UserError(f"block_len is {block_len}: TiDAR takes a whole K from 2 to 16")
@@ -60,15 +76,40 @@ class TidarDecoder:
             )
         self.model, self.block_len, self.beta = model, block_len, float(beta)
         self.mask_token_id = mask_token_id
-        self.params = MappingProxyType({"block_len": block_len, "beta": self.beta})
+        params: dict[str, Any] = {"block_len": block_len, "beta": self.beta}
+        every = tuple(range(1, block_len + 1))
+        self.outcomes = every if outcomes is None else parse_outcomes(outcomes, block_len)
+        if outcomes is not None:
+            params["outcomes"] = outcomes
+        if self.beta < 1.0 and self.outcomes != every:
+            # The text would depend on which blocks happened to be drafted.
+            raise UserError(
+                f"beta {self.beta:g} mixes in the first slot of every outcome's block, but only"
+                f" outcomes {outcomes} are drafted: use beta=1 with chosen outcomes"
+            )
+        self.params = MappingProxyType(params)
         self.lossless = self.beta == 1.0
-        # The last step may commit up to K tokens past the limit, and writes K(K+1) behind those.
-        self.scratch = block_len + block_len * (block_len + 1)
-        self.new_mask = decode_mask(block_len).to(model.device)
-        self.offsets = decode_positions(block_len).to(model.device)
+        masks = block_len * len(self.outcomes)
+        # The last step may commit up to K tokens past the limit; masks and drafts lie behind those.
+        self.scratch = 2 * block_len + masks
+        self.new_mask = outcome_mask(block_len, self.outcomes).to(model.device)
+        self.offsets = outcome_positions(block_len, self.outcomes).to(model.device)
         self.mask_ids = torch.full(
-            (1, block_len * block_len), mask_token_id, dtype=torch.int64, device=model.device
+            (1, masks), mask_token_id, dtype=torch.int64, device=model.device
         )
+        self._tabulate()
+
+    def _tabulate(self) -> None:
+        """The rules of `tidar_ref.outcomes` as tables on the device.
+
+        Rows stand for the draft's length L = 1..K, columns of the last two for the outcome 1..K.
+        """
+        k, device = self.block_len, self.model.device
+        layouts = [layout(self.outcomes, length) for length in range(1, k + 1)]
+        chosen = [[next_draft(drafted, r, k) for r in range(1, k + 1)] for drafted in layouts]
+        self.short_masks = torch.stack([outcome_mask(k, drafted) for drafted in layouts]).to(device)
+        self.short_offsets = torch.stack([outcome_positions(k, d) for d in layouts]).to(device)
+        self.block_of, self.length_after = torch.tensor(chosen, device=device).unbind(dim=2)
 
     def prefill(
         self, prompts: list[list[int]], *, max_new_tokens: int, sampling: Sampling
@@ -125,43 +166,48 @@ class TidarDecoder:
         )
 
     def step(self, state: TidarState) -> StepTrace:
-        """Verify the draft, commit r tokens, take block r as the next draft; one forward."""
+        """Verify the draft, commit r tokens, take the block of outcome r (or what serves it)."""
         k, cache, sampling = self.block_len, state.cache, state.sampling
-        batch = state.draft.shape[0]
+        batch, lengths = state.draft.shape[0], state.lengths
         before = tuple(cache.lengths)
         ids = torch.cat([state.draft, self.mask_ids.expand(batch, -1)], dim=1)
-        hidden = self.model(ids, cache.kv_len[:, None] + self.offsets, cache, self.new_mask)
+        mask, offsets = self.new_mask, self.offsets
+        if min(lengths) < k:
+            at = lengths[0] - 1 if batch == 1 else state.draft_len - 1
+            mask, offsets = self.short_masks[at], self.short_offsets[at]
+        hidden = self.model(ids, cache.kv_len[:, None] + offsets, cache, mask)
 
         mixed = self._mixed(self.model.lm_head(hidden[:, :k]), hidden[:, k::k])  # p of v_1..v_K
-        if sampling.mode == "reject":
-            target = probabilities(mixed, sampling.temperature)
-            r, following = reject(state.draft, target, state.draft_probs, state.generator)
-        else:
-            verified = choose(mixed, sampling, state.generator)
-            r = leading_matches(state.draft, verified)
-            following = verified.gather(1, (r - 1)[:, None])[:, 0]
-
-        # Only the chosen block goes through the LM head: K-1 rows instead of K*K.
-        slots = r[:, None] * k + torch.arange(1, k, device=hidden.device)
+        r, following = verify_draft(
+            state.draft, mixed, state.draft_probs, sampling, state.generator, state.draft_len
+        )
+        # Only the chosen block goes through the LM head: K-1 rows instead of K*K. Of a block for a
+        # smaller outcome the slots up to P+r are skipped; what lies past its end is padding.
+        row = (state.draft_len - 1, r - 1)
+        block, length = self.block_of[row], self.length_after[row]
+        slots = (k - length)[:, None] + torch.arange(1, k, device=hidden.device)
+        slots = (block + 1)[:, None] * k + slots.clamp_max(k - 1)
         chosen = hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[-1]))
         old_draft = state.draft
         state.draft, state.draft_probs = self._draft(
-            following[:, None], chosen, sampling, state.generator
+            following[:, None], chosen, sampling, state.generator, length
         )
         # One transfer to the host a step: how many were committed, and which.
-        report = torch.cat([r[:, None], old_draft[:, 1:], following[:, None]], dim=1).tolist()
+        report = torch.cat([r[:, None], length[:, None], old_draft[:, 1:], following[:, None]], 1)
+        counts, state.lengths, drafts, last = _split(report.tolist())
+        state.draft_len = length
         active = list(state.active)
-        cache.advance([row[0] if a else 0 for row, a in zip(report, active, strict=True)])
+        cache.advance([n if a else 0 for n, a in zip(counts, active, strict=True)])
         return StepTrace(
             committed=tuple(
-                (*row[1 : row[0]], row[-1]) if a else ()
-                for row, a in zip(report, active, strict=True)
+                (*draft[: n - 1], token) if a else ()
+                for n, draft, token, a in zip(counts, drafts, last, active, strict=True)
             ),
             target_forwards=1,
             query_width=ids.shape[1],
             kv_len=before,
-            drafted=tuple(k - 1 if a else 0 for a in active),
-            accepted=tuple(row[0] - 1 if a else 0 for row, a in zip(report, active, strict=True)),
+            drafted=tuple(n - 1 if a else 0 for n, a in zip(lengths, active, strict=True)),
+            accepted=tuple(n - 1 if a else 0 for n, a in zip(counts, active, strict=True)),
         )
 
     def _mixed(self, ar_logits: Tensor, first_slots: Tensor) -> Tensor:
@@ -174,14 +220,28 @@ class TidarDecoder:
         return mix(ar_logits, self._without_mask_token(first_slots), self.beta)
 
     def _draft(
-        self, first: Tensor, slots: Tensor, sampling: Sampling, generator: torch.Generator
+        self,
+        first: Tensor,
+        slots: Tensor,
+        sampling: Sampling,
+        generator: torch.Generator,
+        length: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Next draft [B, K] from its first token [B, 1] and the hidden states of slots 1..K-1."""
+        """Next draft [B, K] from its first token [B, 1] and the hidden states of slots 1..K-1.
+
+        Tokens from `length` [B] on are padding: mask tokens.
+        """
         logits = self._without_mask_token(slots)
-        if sampling.mode != "reject":
-            return torch.cat([first, logits.argmax(dim=-1)], dim=1), None
-        probs = probabilities(logits, sampling.temperature)
-        return torch.cat([first, draw(probs, generator)], dim=1), probs
+        probs = None
+        if sampling.mode == "reject":
+            probs = probabilities(logits, sampling.temperature)
+            rest = draw(probs, generator)
+        else:
+            rest = logits.argmax(dim=-1)
+        if length is not None:
+            padding = torch.arange(1, rest.shape[1] + 1, device=rest.device) >= length[:, None]
+            rest = rest.masked_fill(padding, self.mask_token_id)
+        return torch.cat([first, rest], dim=1), probs
 
     def _without_mask_token(self, hidden: Tensor) -> Tensor:
         logits = self.model.lm_head(hidden)
@@ -190,11 +250,48 @@ class TidarDecoder:
 
 
 def build(model: Transformer, *, mask_token_id: int, **params: Any) -> TidarDecoder:
-    """The `tidar` decoder with parameters block_len (K) and beta."""
-    unknown = sorted(set(params) - {"block_len", "beta"})
+    """The `tidar` decoder with parameters block_len (K), beta and outcomes."""
+    unknown = sorted(set(params) - {"block_len", "beta", "outcomes"})
     if unknown:
-        raise UserError(f"decoder tidar has no parameter {', '.join(unknown)}: use block_len, beta")
+        raise UserError(
+            f"decoder tidar has no parameter {', '.join(unknown)}: use block_len, beta, outcomes"
+        )
     return TidarDecoder(model, mask_token_id=mask_token_id, **params)
+
+
+def verify_draft(
+    draft: Tensor,
+    logits: Tensor,
+    draft_probs: Tensor | None,
+    sampling: Sampling,
+    generator: torch.Generator,
+    draft_len: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(r [B], the token after d_{r-1} [B]) of a draft [B, K], for every sampling mode.
+
+    logits [B, K, V]: those of the token after each d_i. draft_probs [B, K-1, V] only in mode
+    "reject". draft_len [B]: tokens of the draft that count, 1 <= r <= draft_len.
+    """
+    if sampling.mode == "reject":
+        # An infinite q is never accepted and leaves the residual p: right for padding.
+        padding = torch.arange(1, draft.shape[1], device=draft.device) >= draft_len[:, None]
+        q = draft_probs.masked_fill(padding[:, :, None], float("inf"))
+        return reject(draft, probabilities(logits, sampling.temperature), q, generator)
+    verified = choose(logits, sampling, generator)
+    r = leading_matches(draft, verified).minimum(draft_len)
+    return r, verified.gather(1, (r - 1)[:, None])[:, 0]
+
+
+def _split(
+    report: list[list[int]],
+) -> tuple[list[int], list[int], list[list[int]], list[int]]:
+    """Columns of a step's report: r, next length, d_1..d_{K-1}, the token after d_{r-1}."""
+    return (
+        [row[0] for row in report],
+        [row[1] for row in report],
+        [row[2:-1] for row in report],
+        [row[-1] for row in report],
+    )
 
 
 def _padded(mask: Tensor, width: int) -> Tensor:
