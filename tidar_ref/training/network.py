@@ -1,0 +1,216 @@
+"""The backbone as a training network: packed rows in, the two losses out, autograd throughout.
+
+Works on the parameters of a `Transformer` in place (full fine-tuning) or on adapters beside frozen
+weights. Two streams where the adapter is gated to mask rows: the clean rows then run the base model
+without gradients, so the AR half stays exactly the base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tidar_ref.model import Layer, Transformer, rotate
+from tidar_ref.training.adapters import AdapterConfig, LowRank
+from tidar_ref.training.attention import Attend, attention
+from tidar_ref.training.rows import IGNORE, Objective, Rows
+
+# Logits of this many rows exist at a time; the rest of a batch is recomputed in the backward pass.
+HEAD_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weighted sums over rows: float32 scalars with gradient.
+
+    `hits` counts mask rows whose most likely token is the label: the draft accuracy while training.
+    """
+
+    ar_sum: Tensor
+    diffusion_sum: Tensor
+    hits: int
+
+
+class TrainingNetwork(nn.Module):
+    """A Transformer's layers behind a packed, differentiable forward.
+
+    adapters None: all parameters of the model train. Otherwise only low-rank matrices and, for the
+    mask token, one embedding row do. recompute: drop activations layer by layer and compute them
+    again in the backward pass (gradient checkpointing).
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        mask_token_id: int,
+        adapters: AdapterConfig | None = None,
+        recompute: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config, self.adapters, self.recompute = model.config, adapters, recompute
+        self.mask_token_id = mask_token_id
+        self.gated = adapters is not None and adapters.placement == "mask"
+        model.requires_grad_(adapters is None)
+        generator = torch.Generator().manual_seed(seed)
+        self.embed, self.norm = model.embed, model.norm
+        self.lm_head = None if model.config.tied_embeddings else model.lm_head
+        self.layers = nn.ModuleList(
+            TrainingLayer(layer, adapters, generator) for layer in model.layers
+        )
+        self.mask_embedding: nn.Parameter | None = None
+        if adapters is not None:
+            row = model.embed.weight.data[mask_token_id].float().clone()
+            self.mask_embedding = nn.Parameter(row)
+        self.register_buffer("cos", model.cos, persistent=False)
+        self.register_buffer("sin", model.sin, persistent=False)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def forward(self, rows: Rows, objective: Objective) -> Losses:
+        """Both loss sums over the rows of one packed batch (section 2.4, before averaging)."""
+        weight = self.embed.weight
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.gated):
+            clean = F.embedding(rows.ids[: rows.clean], weight)
+        masks = F.embedding(rows.ids[rows.clean :], weight)
+        if self.mask_embedding is not None:
+            hidden = rows.is_mask[rows.clean :, None]
+            masks = torch.where(hidden, self.mask_embedding.to(masks.dtype), masks)
+        kv_groups = self.config.num_heads // self.config.num_kv_heads
+        attend = attention(rows, kv_groups=kv_groups, dtype=self._compute_dtype(masks))
+        cos = self.cos[rows.positions].unsqueeze(1)
+        sin = self.sin[rows.positions].unsqueeze(1)
+        hidden = torch.cat([clean, masks]) if not self.gated else (clean, masks)
+        for layer in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, cos, sin, attend, use_reentrant=False)
+            else:
+                hidden = layer(hidden, cos, sin, attend)
+        if self.gated:
+            hidden = torch.cat(hidden)
+        return self._losses(self.norm(hidden), rows, objective)
+
+    def _compute_dtype(self, like: Tensor) -> torch.dtype:
+        device = like.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return like.dtype
+
+    def _losses(self, hidden: Tensor, rows: Rows, objective: Objective) -> Losses:
+        table = self.embed.weight if self.lm_head is None else self.lm_head.weight
+        wanted = rows.labels != IGNORE
+        is_clean = torch.arange(rows.count, device=hidden.device) < rows.clean
+        zero = hidden.new_zeros((), dtype=torch.float32)
+        sums, hits = [zero, zero], 0
+        for kind, part in enumerate((wanted & is_clean, wanted & ~is_clean)):
+            if kind == 0 and (self.gated or objective.alpha == 0):
+                continue  # frozen, or not asked for
+            index = part.nonzero()[:, 0]
+            for chunk in index.split(HEAD_ROWS):
+                loss, right = checkpoint(
+                    _cross_entropy,
+                    hidden[chunk],
+                    table,
+                    rows.labels[chunk],
+                    rows.weights[chunk],
+                    self.mask_token_id,
+                    use_reentrant=False,
+                )
+                sums[kind] = sums[kind] + loss
+                hits += int(right) if kind else 0
+        return Losses(sums[0], sums[1], hits)
+
+
+class TrainingLayer(nn.Module):
+    """One Layer of the backbone over packed rows, with adapters on its four matrix products."""
+
+    def __init__(
+        self, layer: Layer, adapters: AdapterConfig | None, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.base = layer
+        self.low_rank = nn.ModuleDict(
+            {}
+            if adapters is None
+            else {
+                name: LowRank(getattr(layer, name).weight, adapters, generator)
+                for name in ("qkv", "o", "gate_up", "down")
+            }
+        )
+
+    def forward(
+        self, hidden: Tensor | tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, attend: Attend
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden [N, H] or, gated, (clean rows, mask rows); the same back."""
+        if isinstance(hidden, Tensor):
+            q, k, v = self._project(hidden, cos, sin, self._with)
+            return self._finish(hidden, attend(q, k, v), self._with)
+        clean, masks = hidden
+        n = clean.shape[0]
+        with torch.no_grad():
+            first = self._project(clean, cos[:n], sin[:n], self._without)
+        second = self._project(masks, cos[n:], sin[n:], self._with)
+        out = attend(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
+        with torch.no_grad():
+            clean = self._finish(clean, out[:n], self._without)
+        return clean, self._finish(masks, out[n:], self._with)
+
+    def _with(self, name: str, x: Tensor) -> Tensor:
+        y = self._without(name, x)
+        return y if name not in self.low_rank else y + self.low_rank[name](x)
+
+    def _without(self, name: str, x: Tensor) -> Tensor:
+        linear = getattr(self.base, name)
+        return F.linear(x, linear.weight, linear.bias)
+
+    def _project(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, linear: Callable[[str, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layer = self.base
+        heads = linear("qkv", layer.attn_norm(hidden)).view(hidden.shape[0], -1, layer.head_dim)
+        q, k, v = heads.split([layer.heads, layer.kv_heads, layer.kv_heads], dim=1)
+        if layer.q_norm is not None:
+            q, k = layer.q_norm(q), layer.k_norm(k)
+        return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
+
+    def _finish(
+        self, hidden: Tensor, out: Tensor, linear: Callable[[str, Tensor], Tensor]
+    ) -> Tensor:
+        hidden = hidden + linear("o", out.reshape(hidden.shape[0], -1))
+        gate, up = linear("gate_up", self.base.mlp_norm(hidden)).chunk(2, dim=-1)
+        return hidden + linear("down", F.silu(gate) * up)
+
+
+def objective_loss(
+    losses: Losses, objective: Objective, *, ar_rows: int, diffusion_weight: float
+) -> Tensor:
+    """Section 2.4 from sums: each term is a (weighted) mean over its own targets.
+
+    The totals are those of the whole (global) batch, so that sums over micro-batches and ranks add
+    up to the loss of the batch as one.
+    """
+    ar = losses.ar_sum / max(ar_rows, 1)
+    diffusion = losses.diffusion_sum / max(diffusion_weight, 1.0)
+    if objective.kind == "ar":
+        return ar
+    if objective.kind == "block_diffusion":
+        return diffusion
+    return (objective.alpha * ar + diffusion) / (1 + objective.alpha)
+
+
+def _cross_entropy(
+    hidden: Tensor, table: Tensor, labels: Tensor, weights: Tensor, mask_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """Weighted loss sum and number of right guesses; float32, the mask token never a guess."""
+    logits = F.linear(hidden, table).float()
+    logits[:, mask_token_id] = float("-inf")
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    return (loss * weights).sum(), (logits.detach().argmax(dim=-1) == labels).sum()
