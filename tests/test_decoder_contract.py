@@ -16,6 +16,13 @@ VARIANTS = {
         {"block_len": 2, "beta": 1.0},
         {"block_len": 4, "beta": 0.3},
         {"block_len": 16, "beta": 0.0},
+        {"block_len": 4, "beta": 1.0, "outcomes": "2-4"},
+        {"block_len": 8, "beta": 1.0, "outcomes": "1-4-8"},
+    ],
+    "tidar_two_forward": [{"block_len": 2}, {"block_len": 8}],
+    "prompt_lookup": [
+        {"draft_len": 1, "max_ngram": 1},
+        {"draft_len": 7, "max_ngram": 3},
     ],
 }
 CASES = [
