@@ -1,6 +1,6 @@
 """The command line: the only place with argparse, and the only one that prints.
 
-Verbs: reproduce, run, tables, doctor, peers. Bad input is one sentence and exit code 2, an
+Verbs: reproduce, run, tables, autotune, doctor, peers. Bad input is one sentence and exit code 2, an
 interrupted run says how to go on and exits 130. Heavy libraries are imported by the verbs.
 """
 
@@ -42,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
         _run_options(verbs.add_parser(verb, help=text, description=text), verb)
     tables = verbs.add_parser("tables", help="make the tables of a record folder again")
     tables.add_argument("record", type=Path, metavar="RECORD")
+    tune = verbs.add_parser("autotune", help="which K and outcomes would be fastest for a record")
+    tune.add_argument("record", type=Path, metavar="RECORD")
+    tune.add_argument("--widths", type=Path, help="CSV: width,seconds (default: the record's own)")
+    tune.add_argument("--decoder", help="dense tidar run to learn acceptance from: the largest K")
+    tune.add_argument("--task", help="learn from and compare on this task only")
+    tune.add_argument("--top", type=int, default=10, help="settings to print")
     doctor = verbs.add_parser("doctor", help="what this machine can run, and how to get the rest")
     doctor.add_argument("--data-dir", type=Path)
     peers = verbs.add_parser("peers", help="time our AR against transformers' generate")
@@ -97,6 +103,19 @@ def _other(args: argparse.Namespace, words: list[str]) -> int:
         from bench.tables import write_tables
 
         print(write_tables(args.record), end="")
+    elif args.verb == "autotune":
+        from bench.autotune import report as autotune_report
+
+        print(
+            autotune_report(
+                args.record,
+                widths=args.widths,
+                decoder=args.decoder,
+                task=args.task,
+                top=args.top,
+            ),
+            end="",
+        )
     elif args.verb == "doctor":
         from bench.doctor import report
 

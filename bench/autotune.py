@@ -1,0 +1,171 @@
+"""`bench autotune`: which K and which outcomes would be fastest on a record's machine and weights.
+
+Acceptance comes from the record's dense TiDAR run, seconds from a width curve; the model is in
+`bench.prediction`. Predictions stand beside what the record measured, where it did. No torch.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from bench import metrics
+from bench.prediction import Prediction, WidthCurve, hazards, predict, search
+from bench.records import Measurement
+from bench.store import RunRecord, read_record, read_steps
+from tidar_ref.errors import UserError
+
+DENSE = ("tidar", "tidar_two_forward")
+
+
+def read_widths(path: Path) -> WidthCurve:
+    """A curve from a CSV file with columns `width` (tokens) and `seconds`."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return WidthCurve({int(r["width"]): float(r["seconds"]) for r in rows}, path.name)
+    except OSError as error:
+        raise UserError(
+            f"cannot read width curve {path} ({error.strerror}); name a CSV file"
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is no width curve ({error}); write columns width and seconds"
+        ) from error
+
+
+def own_widths(record: RunRecord, widths: Mapping[str, int]) -> WidthCurve:
+    """A curve from the record itself: mean step seconds of `ar` and `tidar` at their widths.
+
+    Steps include the host's share, so this is the cost of steps and not of bare forwards.
+    """
+    seconds = {}
+    for label, width in widths.items():
+        if record.header.decoders[label]["name"] in ("ar", "tidar"):
+            rows = [row for row in record.measurements if row.decoder == label]
+            forwards = sum(row.decode_forwards for row in rows)
+            if forwards:
+                seconds[width] = sum(row.decode_s for row in rows) / forwards
+    return WidthCurve(seconds, f"step times of {record.name}")
+
+
+def report(
+    folder: Path,
+    *,
+    widths: Path | None = None,
+    decoder: str | None = None,
+    task: str | None = None,
+    top: int = 10,
+) -> str:
+    """Markdown: what to run on the machine and weights of a record, and predictions beside
+    what the record measured. UserError if the record has no dense run to learn from."""
+    record = read_record(folder)
+    label = decoder or _widest(record)
+    rows = _rows(record, label, task)
+    params = record.header.decoders[label]["params"]
+    c = hazards(metrics.acceptance_histogram(rows), params["block_len"])
+    curve = read_widths(widths) if widths else own_widths(record, _widths_of(folder, record))
+    found = search(c, curve, beta=params.get("beta", 1.0))
+    base = next(p for p in found if p.decoder == "ar")
+    return "\n".join(
+        [
+            f"# Auto-tuning from {record.name}",
+            "",
+            f"Acceptance: {label} on {task or 'all tasks'}, {len(rows)} outputs. "
+            f"Width curve: {curve.source}, {curve.widths[0]} to {curve.widths[-1]} tokens.",
+            "",
+            "| right given right before it, slot | " + " | ".join(map(str, range(1, len(c) + 1))),
+            "| --- |" + " --- |" * len(c),
+            "| share of steps | " + " | ".join(f"{share:.2f}" for share in c) + " |",
+            "",
+            "Predicted, fastest first:",
+            "",
+            "| decoder | width | tokens/step | T/NFE | ms/step | tokens/s | speedup |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *(_predicted(p, base) for p in found[:top]),
+            "",
+            "Predicted beside measured (this record):",
+            "",
+            "| decoder | tokens/step | measured | tokens/s | measured | speedup | measured |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *_beside(record, task, c, curve, base),
+            "",
+        ]
+    )
+
+
+def _widest(record: RunRecord) -> str:
+    dense = {
+        label: made["params"]["block_len"]
+        for label, made in record.header.decoders.items()
+        if made["name"] in DENSE and "outcomes" not in made["params"]
+    }
+    if not dense:
+        raise UserError(
+            f"record {record.name} has no tidar run with all outcomes to learn acceptance from: "
+            "run tidar:block_len=16 or another K"
+        )
+    return max(dense, key=lambda label: dense[label])
+
+
+def _rows(record: RunRecord, label: str, task: str | None) -> list[Measurement]:
+    made = record.header.decoders.get(label)
+    if made is None or made["name"] not in DENSE or "outcomes" in made["params"]:
+        raise UserError(
+            f"decoder {label!r} is no tidar run with all outcomes in {record.name}; its decoders "
+            f"are {' '.join(record.header.decoders)}"
+        )
+    rows = [r for r in record.measurements if r.decoder == label and task in (None, r.task)]
+    if not any(sum(row.acceptance_histogram) for row in rows):
+        raise UserError(f"{label} has no decode steps on {task or 'any task'} in {record.name}")
+    return rows
+
+
+def _widths_of(folder: Path, record: RunRecord) -> dict[str, int]:
+    """Query width of a decode step of each decoder (the ledger's, constant for these)."""
+    found: dict[str, int] = {}
+    for step in read_steps(folder):
+        if step.index and step.decoder in record.header.decoders:
+            found.setdefault(step.decoder, step.query_width)
+    return found
+
+
+def _predicted(p: Prediction, base: Prediction) -> str:
+    return (
+        f"| {p.decoder} | {p.query_width} | {p.tokens_per_step:.2f} | "
+        f"{p.tokens_per_step / p.forwards_per_step:.2f} | {1000 * p.step_s:.1f} | "
+        f"{p.tokens_per_s:.1f} | {p.tokens_per_s / base.tokens_per_s:.2f}x |"
+    )
+
+
+def _beside(
+    record: RunRecord,
+    task: str | None,
+    c: tuple[float, ...],
+    curve: WidthCurve,
+    base: Prediction,
+) -> Iterator[str]:
+    chosen = [row for row in record.measurements if task in (None, row.task)]
+    reference = [row for row in chosen if row.decoder == "ar"]
+    for label, made in record.header.decoders.items():
+        rows = [row for row in chosen if row.decoder == label]
+        if made["name"] not in ("ar", *DENSE) or not rows:
+            continue
+        try:
+            p = predict(made["name"], made["params"], c, curve)
+        except UserError as error:
+            yield f"| {label} | not predicted: {error} | | | | | |"
+            continue
+        faster = metrics.speedup(rows, reference) if label != "ar" else None
+        length, rate = metrics.acceptance_length(rows), metrics.tokens_per_s(rows)
+        yield (
+            f"| {label} | {p.tokens_per_step:.2f} | {_cell(length, '.2f')} | "
+            f"{p.tokens_per_s:.1f} | {_cell(rate, '.1f')} | "
+            f"{p.tokens_per_s / base.tokens_per_s:.2f}x | "
+            f"{_cell(faster.value if faster else None, '.2f', 'x')} |"
+        )
+
+
+def _cell(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
