@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ PAPER_IDS = {"Qwen/Qwen2.5-1.5B", "Qwen/Qwen3-4B-Base", "Qwen/Qwen3-8B-Base", "Q
 # Tokens a vocabulary holds but its training text (almost) never did, best first: Qwen 151662,
 # SmolLM2 4, Llama 3.1 128002.
 SPARE_TOKENS = ("<|mask|>", "<|fim_pad|>", "<reponame>", "<|reserved_special_token_0|>")
+ADAPTERS = Path(__file__).resolve().parent.parent / "results" / "adapters"
 HUB_FILES = ["*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "*.jinja"]
 ELSEWHERE = "pass a local folder, a .gguf file, `embedded` or `random:<shape>`"
 
@@ -58,7 +59,8 @@ class WeightsSource:
 
     tier: random, embedded, small, paper or local. sha256: of the file; of a folder, sha256 over
     the lines "<name> <sha256>\\n" of its safetensors files sorted by name; None for random.
-    origin names no path of this machine. parameters counts a tied table once.
+    origin names no path of this machine. parameters counts a tied table once. adapters: names and
+    sha256 of what was put on the base, in order.
     """
 
     tier: str
@@ -69,6 +71,7 @@ class WeightsSource:
     eos_token_ids: tuple[int, ...]
     dtype: str
     parameters: int
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +101,31 @@ def load(
     dtype: str = "float32",
     seed: int = 0,
     mask_token_id: int | None = None,
+    prepare: bool = True,
 ) -> LoadedModel:
     """Weights named by `spec`: embedded, a .gguf path, a folder, random:<shape>, or a hub id.
 
-    seed is for random weights only. mask_token_id defaults to a token the vocabulary never uses in
+    "BASE+ADAPTER" puts an adapter (a folder, or a name under results/adapters/) on a base.
+    prepare False leaves the plain parameters for training. seed is for random weights only. mask_token_id defaults to a token the vocabulary never uses in
     text (`SPARE_TOKENS`), for random weights to the last id. UserError for whatever is missing,
     damaged, unknown, or not computed exactly by the backbone.
     """
-    place = _place(device, dtype)
+    base, plus, adapter = spec.rpartition("+")
+    if plus and not Path(spec).exists():
+        loaded = load(
+            base, device=device, dtype=dtype, seed=seed, mask_token_id=mask_token_id, prepare=False
+        )
+        loaded = with_adapter(loaded, adapter)
+    else:
+        loaded = _load_base(spec, _place(device, dtype), dtype, seed, mask_token_id)
+    if prepare:
+        loaded.model.prepare()
+    return loaded
+
+
+def _load_base(
+    spec: str, place: dict[str, Any], dtype: str, seed: int, mask_token_id: int | None
+) -> LoadedModel:
     if spec.startswith("random:"):
         return _random(spec, place, dtype, seed, mask_token_id)
     if spec == "embedded":
@@ -123,6 +143,38 @@ def load(
     tier = "small" if spec in SMALL_IDS else "paper" if spec in PAPER_IDS else "local"
     origin = f"hub {spec}@{folder.name}"
     return _folder(folder, place, dtype, mask_token_id, tier, origin, name=spec)
+
+
+def with_adapter(loaded: LoadedModel, name: str) -> LoadedModel:
+    """The model with an adapter on it: merged into the weights, or attached to its mask rows.
+
+    name: a folder, or the name of one under results/adapters/. UserError if it was made for
+    another base.
+    """
+    from tidar_ref.training import adapters
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = ADAPTERS / name
+    if not folder.is_dir():
+        known = ", ".join(sorted(path.name for path in ADAPTERS.glob("*") if path.is_dir()))
+        raise UserError(f"adapter {name!r} is no folder, nor one of: {known or '(none here)'}")
+    adapter = adapters.read(folder, loaded.model.config)
+    made_for = adapters.read_config(folder)["tidar"].get("base_sha256")
+    if made_for not in (None, loaded.source.sha256):
+        raise UserError(
+            f"adapter {folder.name} was trained on weights with sha256 {made_for}, these have"
+            f" {loaded.source.sha256}: name its base before the +"
+        )
+    adapters.apply(loaded.model, adapter)
+    sha256 = _sha256(folder / adapters.WEIGHTS_FILE)
+    source = replace(
+        loaded.source,
+        mask_token_id=adapter.mask_token_id,
+        name=f"{loaded.source.name} + {folder.name}",
+        adapters=(*loaded.source.adapters, f"{folder.name} sha256 {sha256}"),
+    )
+    return LoadedModel(model=loaded.model, tokenizer=loaded.tokenizer, source=source)
 
 
 def _random(
@@ -248,7 +300,7 @@ def _loaded(
             f" {tokenizer.eos_token_ids}: name an unused token"
         )
     return LoadedModel(
-        model=model.eval().requires_grad_(False).prepare(),
+        model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
         source=WeightsSource(
             mask_token_id=mask,

@@ -104,6 +104,15 @@ def merge(model: Transformer, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
+def apply(model: Transformer, adapter: Adapter) -> None:
+    """Put an adapter on a model for decoding: merged ("all"), or beside its mask rows ("mask")."""
+    if adapter.config.placement == "all":
+        merge(model, adapter)
+    else:
+        model.attach_mask_adapter(adapter.factors, adapter.config.scale, adapter.mask_embedding)
+
+
+@torch.no_grad()
 def difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], *, rank: int, mask_token_id: int) -> tuple[Adapter, float]:
     """A full fine-tune as the best rank-r difference to its base, and the share of it captured.
 

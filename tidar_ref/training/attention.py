@@ -23,10 +23,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Piece:
-    """Queries [start, stop) read these key rows under this additive bias [rows, keys]."""
+    """Queries of one part of a document and the keys they read under this additive bias.
 
-    queries: slice
-    keys: Tensor | slice
+    clean_keys: the first so many clean keys of the document; own_keys: which rows of the
+    document's mask part, None for clean queries. Bias [groups * queries, keys].
+    """
+
+    document: int
+    width: int
+    clean_keys: int
+    own_keys: slice | None
     bias: Tensor
 
 
@@ -41,55 +47,63 @@ def attention(rows: Rows, *, kv_groups: int, dtype: torch.dtype) -> Attend:
 
 
 def _blocked(rows: Rows, groups: int, dtype: torch.dtype) -> Attend:
+    # In row order, so that the pieces' outputs join without a permutation.
     pieces = [
         piece
-        for clean, masks in rows.documents
-        for part in (clean, masks)
-        for piece in _pieces(rows, clean, part, groups, dtype)
+        for part in (0, 1)
+        for number in range(len(rows.documents))
+        for piece in _pieces(rows, number, part, groups, dtype)
     ]
-    order = torch.cat([torch.arange(p.queries.start, p.queries.stop) for p in pieces])
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.shape[0])
-    in_order = bool((order == torch.arange(order.shape[0])).all())
+    widths = [piece.width for piece in pieces]
+    spans = [span.stop - span.start for part in zip(*rows.documents, strict=True) for span in part]
+    count = len(rows.documents)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads, kv_heads, size = q.shape[1], k.shape[1], q.shape[2]
+        # One split each: its backward is one concatenation, not a zero-filled tensor per slice.
+        keys, values = k.split(spans), v.split(spans)
         outs = []
-        for piece in pieces:
-            width = piece.queries.stop - piece.queries.start
+        for piece, queries in zip(pieces, q.split(widths), strict=True):
             # [Q, Hq, D] -> [Hkv, G*Q, D]: the heads of a group share keys and values.
-            folded = q[piece.queries].transpose(0, 1).reshape(1, kv_heads, groups * width, size)
-            keys = k[piece.keys].transpose(0, 1).unsqueeze(0)
-            values = v[piece.keys].transpose(0, 1).unsqueeze(0)
-            out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=piece.bias)
-            outs.append(out.reshape(heads, width, size).transpose(0, 1))
-        joined = torch.cat(outs)
-        return joined if in_order else joined[inverse]
+            folded = queries.transpose(0, 1).reshape(1, kv_heads, groups * piece.width, size)
+            seen = []
+            for side in (keys, values):
+                rows_seen = side[piece.document][: piece.clean_keys]
+                if piece.own_keys is not None:
+                    own = side[count + piece.document][piece.own_keys]
+                    rows_seen = torch.cat([rows_seen, own])
+                seen.append(rows_seen.transpose(0, 1).unsqueeze(0))
+            out = F.scaled_dot_product_attention(folded, *seen, attn_mask=piece.bias)
+            outs.append(out.reshape(heads, piece.width, size).transpose(0, 1))
+        return torch.cat(outs)
 
     return attend
 
 
 def _pieces(
-    rows: Rows, clean: slice, part: slice, groups: int, dtype: torch.dtype
+    rows: Rows, number: int, part: int, groups: int, dtype: torch.dtype
 ) -> list[_Piece]:
-    pieces = []
-    start = part.start
-    while start < part.stop:
-        stop = min(start + CHUNK_ROWS, part.stop)
-        of_masks = part is not clean
-        if of_masks and stop < part.stop:  # cut between blocks: a block attends to itself
-            while stop < part.stop and rows.block[stop] == rows.block[stop - 1]:
-                stop += 1
-        limit = int(rows.clean_before[start:stop].max())
-        reach = min(clean.start + limit, clean.stop)
-        keys: Tensor | slice = slice(clean.start, reach)
-        index = torch.arange(clean.start, reach)
-        if of_masks:
+    clean, own = rows.documents[number][0], rows.documents[number][part]
+    pieces, start = [], own.start
+    while start < own.stop:
+        stop = min(start + CHUNK_ROWS, own.stop)
+        while part and stop < own.stop and rows.block[stop] == rows.block[stop - 1]:
+            stop += 1  # cut between blocks: a block attends to itself
+        reach = min(int(rows.clean_before[start:stop].max()), clean.stop - clean.start)
+        index = torch.arange(clean.start, clean.start + reach)
+        if part:
             index = torch.cat([index, torch.arange(start, stop)])
-            keys = index
         bias = torch.zeros(stop - start, index.shape[0], dtype=dtype)
         bias.masked_fill_(~_visible(rows, slice(start, stop), index), float("-inf"))
-        pieces.append(_Piece(slice(start, stop), keys, bias.repeat(groups, 1)))
+        pieces.append(
+            _Piece(
+                document=number,
+                width=stop - start,
+                clean_keys=reach,
+                own_keys=slice(start - own.start, stop - own.start) if part else None,
+                bias=bias.repeat(groups, 1),
+            )
+        )
         start = stop
     return pieces
 

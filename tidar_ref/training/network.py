@@ -20,7 +20,9 @@ from tidar_ref.training.adapters import AdapterConfig, LowRank
 from tidar_ref.training.attention import Attend, attention
 from tidar_ref.training.rows import IGNORE, Objective, Rows
 
-# Logits of this many rows exist at a time; the rest of a batch is recomputed in the backward pass.
+# Up to this many logits (rows x vocabulary) are kept for the backward pass; of a larger batch the
+# logits exist chunk by chunk and are computed again.
+KEPT_LOGITS = 100_000_000
 HEAD_ROWS = 256
 
 
@@ -114,16 +116,15 @@ class TrainingNetwork(nn.Module):
             if kind == 0 and (self.gated or objective.alpha == 0):
                 continue  # frozen, or not asked for
             index = part.nonzero()[:, 0]
-            for chunk in index.split(HEAD_ROWS):
-                loss, right = checkpoint(
-                    _cross_entropy,
-                    hidden[chunk],
-                    table,
-                    rows.labels[chunk],
-                    rows.weights[chunk],
-                    self.mask_token_id,
-                    use_reentrant=False,
-                )
+            keep = index.shape[0] * table.shape[0] <= KEPT_LOGITS
+            for chunk in (index,) if keep else index.split(HEAD_ROWS):
+                inputs = (hidden[chunk], table, rows.labels[chunk], rows.weights[chunk])
+                if keep:
+                    loss, right = _cross_entropy(*inputs, self.mask_token_id)
+                else:
+                    loss, right = checkpoint(
+                        _cross_entropy, *inputs, self.mask_token_id, use_reentrant=False
+                    )
                 sums[kind] = sums[kind] + loss
                 hits += int(right) if kind else 0
         return Losses(sums[0], sums[1], hits)

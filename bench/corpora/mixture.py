@@ -1,0 +1,99 @@
+"""A recipe's documents: pairs from its sources, tokenised, filtered by length, in a fixed order."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.corpora.chains import gsm8k_chains
+from bench.corpora.pairs import Pair
+from bench.corpora.templates import template_pairs
+from tidar_ref.errors import UserError
+
+if TYPE_CHECKING:
+    from bench.recipes import Recipe
+    from tidar_ref.tokenizer import Tokenizer
+    from tidar_ref.training.rows import Example
+
+TEMPLATE_SEED = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Pairs with their examples, and what was left out and why (JSON-able, for the card)."""
+
+    pairs: tuple[Pair, ...]
+    examples: tuple[Example, ...]
+    report: dict[str, Any]
+
+
+def pairs_of(source: str, data_dir: Path | None) -> list[Pair]:
+    """All training pairs a source can give here; UserError names what is missing."""
+    if source == "gsm8k-chains":
+        if data_dir is None:
+            raise UserError(
+                "source gsm8k-chains needs GSM8K's train.jsonl: give --data-dir a folder that holds"
+                " gsm8k/train.jsonl, or set TIDAR_BENCH_DATA"
+            )
+        return gsm8k_chains(data_dir / "gsm8k" / "train.jsonl")
+    if source == "templates":
+        return template_pairs(20_000, seed=TEMPLATE_SEED)
+    raise UserError(f"unknown source {source!r}: use gsm8k-chains or templates")
+
+
+def build(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    *,
+    eos_id: int,
+    data_dir: Path | None,
+    clean: Callable[[Sequence[Pair]], tuple[list[Pair], dict[str, Any]]],
+    seed: int = 0,
+) -> Corpus:
+    """The recipe's documents. Each source is shuffled by the seed, filtered, then cut to its count.
+
+    clean: the hygiene filter (bench.corpora.hygiene); its report is kept.
+    """
+    from tidar_ref.training.rows import Example
+
+    chosen: list[tuple[Pair, Example]] = []
+    report: dict[str, Any] = {"sources": {}, "max_tokens": recipe.max_tokens}
+    for source in recipe.mixture:
+        pairs = pairs_of(source.name, data_dir)
+        random.Random(f"{source.name}/{seed}").shuffle(pairs)
+        kept, hygiene = clean(pairs)
+        fitting: list[tuple[Pair, Example]] = []
+        too_long = 0
+        for pair in kept:
+            if source.count is not None and len(fitting) == source.count:
+                break
+            prompt = tuple(tokenizer.encode(pair.prompt))
+            response = (*tokenizer.encode(pair.response), eos_id)
+            if len(prompt) + len(response) > recipe.max_tokens:
+                too_long += 1
+                continue
+            fitting.append((pair, Example(prompt=prompt, response=response)))
+        if source.count is not None and len(fitting) < source.count:
+            raise UserError(
+                f"source {source.name} gives {len(fitting)} documents of up to {recipe.max_tokens}"
+                f" tokens, recipe {recipe.name} wants {source.count}: lower the count"
+            )
+        report["sources"][source.name] = {
+            "documents": len(fitting),
+            "tokens": sum(len(example.tokens) for _, example in fitting),
+            "too_long": too_long,
+            "hygiene": hygiene,
+        }
+        chosen += fitting
+    random.Random(f"mixture/{seed}").shuffle(chosen)
+    report["documents"] = len(chosen)
+    report["by_source"] = dict(Counter(pair.source for pair, _ in chosen))
+    return Corpus(
+        pairs=tuple(pair for pair, _ in chosen),
+        examples=tuple(example for _, example in chosen),
+        report=report,
+    )

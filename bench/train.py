@@ -1,0 +1,158 @@
+"""`python -m bench train`: run a recipe, show how it goes, and leave an adapter with its card.
+
+The run folder holds the trainer's checkpoint and loss log, the corpus report, and the adapter as it
+was last saved; a run that was stopped goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.recipes import Recipe
+from tidar_ref.errors import UserError
+
+if TYPE_CHECKING:
+    from bench.corpora.mixture import Corpus
+    from bench.corpora.pairs import Pair
+    from tidar_ref.checkpoint import LoadedModel
+    from tidar_ref.training.trainer import StepLog, Trainer
+
+ADAPTER_EVERY_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished or stopped run: its folder, steps done, and whether the budget was spent."""
+
+    folder: Path
+    steps: int
+    finished: bool
+
+
+def train(
+    recipe: Recipe,
+    *,
+    out: Path,
+    data_dir: Path | None,
+    argv: Sequence[str],
+    threads: int | None = None,
+) -> Outcome:
+    """Train (or go on training) in folder `out`. UserError for data or weights that are missing."""
+    import torch
+    from tqdm import tqdm
+
+    from tidar_ref import checkpoint
+    from tidar_ref.training.adapters import AdapterConfig
+    from tidar_ref.training.network import TrainingNetwork
+    from tidar_ref.training.rows import Objective
+    from tidar_ref.training.trainer import TrainConfig, Trainer
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = _device(recipe.device)
+    loaded = checkpoint.load(recipe.weights, device=device, dtype=recipe.dtype, prepare=False)
+    corpus = _corpus(recipe, loaded, out, data_dir)
+    adapter = AdapterConfig(**recipe.adapter) if recipe.adapter else None
+    network = TrainingNetwork(
+        loaded.model, mask_token_id=loaded.source.mask_token_id, adapters=adapter
+    )
+    objective, config = Objective(**recipe.objective), TrainConfig(**recipe.train)
+    trainer = Trainer(network, corpus.examples, objective, config, out)
+    trained = sum(p.numel() for p in network.trained().values())
+    print(f"recipe: {recipe.name}: {recipe.purpose}")
+    print(f"weights: {loaded.source.name} on {device}; {trained / 1e6:.1f} M parameters learn")
+    print(
+        f"documents: {len(corpus.examples)} ({corpus.report['by_source']}), "
+        f"{sum(len(e.tokens) for e in corpus.examples)} tokens"
+    )
+    if trainer.resume():
+        print(f"resuming {out.name} at step {trainer.progress.step}")
+    saved = [0.0]
+    with tqdm(total=100, unit="%", disable=None, dynamic_ncols=True) as bar:
+
+        def show(log: StepLog) -> None:
+            parts = {"AR": log.ar_loss, "draft": log.diffusion_loss, "right": log.draft_accuracy}
+            text = ", ".join(f"{k} {v:.3f}" for k, v in parts.items() if v is not None)
+            rate = trainer.progress.tokens / trainer.progress.elapsed_s
+            bar.set_postfix_str(f"step {log.step}, {text}, {rate:.0f} tokens/s")
+            bar.update(round(100 * trainer.spent(), 1) - bar.n)
+            if trainer.progress.elapsed_s - saved[0] > ADAPTER_EVERY_S:
+                saved[0] = trainer.progress.elapsed_s
+                _save(recipe, loaded, corpus, trainer, argv)
+
+        trainer.run(show)
+    _save(recipe, loaded, corpus, trainer, argv)
+    return Outcome(folder=out, steps=trainer.progress.step, finished=trainer.spent() >= 1.0)
+
+
+def hygiene(data_dir: Path | None) -> Any:
+    """The filter of a recipe's pairs: gives (kept, report)."""
+    from bench.corpora.hygiene import filter_pairs, references
+
+    known = references(data_dir)
+
+    def clean(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, Any]]:
+        kept, report = filter_pairs(pairs, known)
+        return list(kept), dataclasses.asdict(report)
+
+    return clean
+
+
+def _corpus(recipe: Recipe, loaded: LoadedModel, out: Path, data_dir: Path | None) -> Corpus:
+    from bench.corpora import mixture
+
+    eos = loaded.source.eos_token_ids
+    if not eos:
+        raise UserError(f"{loaded.source.name} names no end-of-sequence token: responses need one")
+    corpus = mixture.build(
+        recipe, loaded.tokenizer, eos_id=eos[0], data_dir=data_dir, clean=hygiene(data_dir)
+    )
+    if recipe.distil:
+        from bench.distil import distilled
+
+        corpus = distilled(corpus, loaded, recipe, out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "corpus.json").write_text(json.dumps(corpus.report, indent=1) + "\n", encoding="utf-8")
+    return corpus
+
+
+def _save(
+    recipe: Recipe, loaded: LoadedModel, corpus: Corpus, trainer: Trainer, argv: Sequence[str]
+) -> None:
+    """Write the adapter as it stands, with what made it."""
+    from tidar_ref.training import adapters
+
+    if trainer.network.adapters is None or trainer.rank:
+        return
+    from bench.environment import describe, portable
+
+    adapter = adapters.adapter_of(trainer.network, mask_token_id=loaded.source.mask_token_id)
+    notes = {
+        "recipe": dataclasses.asdict(recipe),
+        "command": " ".join(portable(word) for word in argv),
+        "base_sha256": loaded.source.sha256,
+        "base_adapters": loaded.source.adapters,
+        "steps": trainer.progress.step,
+        "clean_tokens": trainer.progress.tokens,
+        "training_s": round(trainer.progress.elapsed_s, 1),
+        "corpus": corpus.report,
+        "environment": describe(),
+        "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    folder = trainer.folder / "adapter"
+    base = loaded.source.name.partition(" + ")[0]
+    adapters.save(adapter, folder, loaded.model.config, base=base, notes=notes)
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
