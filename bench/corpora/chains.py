@@ -21,7 +21,7 @@ DEV_ROWS = 200  # the last usable ones: never trained on
 NUMBER = r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 MARK = re.compile(rf"<<([-+*/().0-9]+=({NUMBER}))>>")
 FINAL = re.compile(r"^#### *(-?[0-9][0-9,]*(?:\.[0-9]+)?) *$", re.MULTILINE)
-CHAIN = re.compile(rf"((?:{MARK.pattern})+)#### (-?[0-9]+(?:\.[0-9]+)?)")
+ANSWER = re.compile(r"####[ \t]*(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*")
 
 
 def chain_of(answer: str) -> str | None:
@@ -40,9 +40,12 @@ def chain_of(answer: str) -> str | None:
 
 
 def chain_answer(text: str) -> Decimal | None:
-    """The number after #### of a text that is one whole chain (blanks around it aside), or None."""
-    found = CHAIN.fullmatch(text.strip())
-    return Decimal(found.groups()[-1]) if found else None
+    """The number after the one #### of a text that ends there; None for every other text.
+
+    What stands in front is not judged. A text that runs on after its number has not answered.
+    """
+    found = ANSWER.fullmatch(text, text.find("####")) if text.count("####") == 1 else None
+    return Decimal(found.group(1).replace(",", "")) if found else None
 
 
 def gsm8k_chains(path: Path, *, split: str = "train") -> list[Pair]:

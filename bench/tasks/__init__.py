@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from bench.tasks.chat import ChatTokenizer
     from bench.tasks.task import Task
 
-TASKS: tuple[str, ...] = ("humaneval", "mbpp", "mbpp_plus", "gsm8k_cot", "own_code", "own_math")
+TASKS: tuple[str, ...] = (
+    "humaneval", "mbpp", "mbpp_plus", "gsm8k_cot", "gsm8k_chain",
+    "own_code", "own_math", "own_templates",
+)  # fmt: skip
 
 
 def load_task(
@@ -28,11 +31,15 @@ def load_task(
     """
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}: known tasks are {', '.join(TASKS)}")
+    from bench.tasks.chains import Gsm8kChain
     from bench.tasks.gsm8k import Gsm8kCot
     from bench.tasks.humaneval import HumanEval
     from bench.tasks.mbpp import Mbpp, MbppPlus
     from bench.tasks.own_problems import OwnCode, OwnMath
+    from bench.tasks.templates import OwnTemplates
 
-    kinds = (HumanEval, Mbpp, MbppPlus, Gsm8kCot, OwnCode, OwnMath)
+    kinds = (
+        HumanEval, Mbpp, MbppPlus, Gsm8kCot, Gsm8kChain, OwnCode, OwnMath, OwnTemplates
+    )  # fmt: skip
     chosen = {kind.name: kind for kind in kinds}[name]
     return chosen(data_dir=data_dir, style=style, tokenizer=tokenizer)

@@ -47,12 +47,14 @@ FILES: dict[str, tuple[str, ...]] = {
     "mbpp": ("mbpp/mbpp.jsonl",),
     "mbpp_plus": ("mbpp_plus/MbppPlus-v0.2.0.jsonl.gz", "mbpp/sanitized-mbpp.json"),
     "gsm8k_cot": ("gsm8k/test.jsonl",),
+    "gsm8k_chain": ("gsm8k/test.jsonl",),
 }
 HUB: dict[str, tuple[str, str | None]] = {
     "humaneval": ("openai/openai_humaneval", None),
     "mbpp": ("google-research-datasets/mbpp", "full"),
     "mbpp_plus": ("evalplus/mbppplus", None),
     "gsm8k_cot": ("openai/gsm8k", "main"),
+    "gsm8k_chain": ("openai/gsm8k", "main"),
 }
 EVALPLUS_FILES: dict[str, str] = {
     "humaneval": "humaneval_plus/HumanEvalPlus-v0.1.10.jsonl.gz",
