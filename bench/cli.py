@@ -1,7 +1,8 @@
 """The command line: the only place with argparse, and the only one that prints.
 
-Verbs: reproduce, run, tables, autotune, doctor, peers. Bad input is one sentence and exit code 2, an
-interrupted run says how to go on and exits 130. Heavy libraries are imported by the verbs.
+Verbs: reproduce, run, tables, autotune, audit, doctor, peers. Bad input is one sentence and exit
+code 2, an interrupted run says how to go on and exits 130, an audit that finds a bug exits 1. Heavy
+libraries are imported by the verbs.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--decoder", help="dense tidar run to learn acceptance from: the largest K")
     tune.add_argument("--task", help="learn from and compare on this task only")
     tune.add_argument("--top", type=int, default=10, help="settings to print")
+    audit = verbs.add_parser("audit", help="do a record's lossless decoders give ar's tokens?")
+    audit.add_argument("record", type=Path, metavar="RECORD")
+    audit.add_argument("--weights", help="where the record's weights are, if not where it says")
+    audit.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    audit.add_argument("--data-dir", type=Path, help="folder with the benchmark files")
     doctor = verbs.add_parser("doctor", help="what this machine can run, and how to get the rest")
     doctor.add_argument("--data-dir", type=Path)
     peers = verbs.add_parser("peers", help="time our AR against transformers' generate")
@@ -85,7 +91,7 @@ def _run_options(verb: argparse.ArgumentParser, name: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; gives the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run one verb; gives the exit code: 0, 1 (audit), 2 for bad input, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         args = parser().parse_args(words)
@@ -116,6 +122,14 @@ def _other(args: argparse.Namespace, words: list[str]) -> int:
             ),
             end="",
         )
+    elif args.verb == "audit":
+        from bench.audit import audit, to_markdown
+
+        made = audit(
+            args.record, weights=args.weights, device=args.device, data_dir=args.data_dir
+        )
+        print(to_markdown(made), end="")
+        return 1 if made.bugs else 0
     elif args.verb == "doctor":
         from bench.doctor import report
 
@@ -199,6 +213,7 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
     store = _open_store(args, header)
     try:
         _generate(prepared, store, words)
+        harness.write_vocabulary(prepared, store)
         harness.score_all(prepared, store, say=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
         verb = "reproduce" if args.verb == "reproduce" else "run"

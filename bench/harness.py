@@ -373,6 +373,7 @@ def ledger(key: Key, trace: GenerationTrace) -> list[StepRecord]:
             accepted=step.accepted[0],
             step_s=step.step_s,
             forward_s=step.forward_s,
+            draft_tokens=None if step.draft_tokens is None else step.draft_tokens[0],
         )
         for index, step in enumerate((trace.prefill, *trace.steps))
     ]
@@ -391,6 +392,16 @@ def score_all(
                     scores += _score(store, label, task, repeat)
                     say(f"scored {name} by {label} in {time.perf_counter() - started:.1f} s")
     store.write_scores(scores)
+
+
+def write_vocabulary(prepared: Prepared, store: RunStore) -> None:
+    """Store the text of every token id the ledger names, so that a reader needs no tokenizer."""
+    from bench.store import read_steps
+
+    seen: set[int] = set()
+    for step in read_steps(store.folder):
+        seen.update(step.committed, step.draft_tokens or ())
+    store.write_vocabulary({i: prepared.loaded.tokenizer.decode([i]) for i in sorted(seen)})
 
 
 def _score(store: RunStore, label: str, task: Task, repeat: int) -> list[ScoreRecord]:

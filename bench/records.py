@@ -1,7 +1,7 @@
 """The records a run writes: one header, then one JSON line per measurement, step and score.
 
 Plain frozen data, no torch. Units are in the field names, fractions are 0 to 1, absent is None.
-Schema history: 1 (first).
+Schema history: 1 (first; `draft_tokens` came later and is None in the oldest records).
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class Measurement:
 class StepRecord:
     """One prefill (index 0) or decode step (1..) of one generation, as the loop's ledger has it.
 
-    `committed` is the token ids made final by the step, before truncation at a stop.
+    `committed` is the token ids made final by the step, before truncation at a stop;
+    `draft_tokens` the ids it verified, or None where the decoder or an old record does not tell.
     """
 
     decoder: str
@@ -111,6 +112,7 @@ class StepRecord:
     accepted: int
     step_s: float | None
     forward_s: float | None
+    draft_tokens: tuple[int, ...] | None = None
 
     @property
     def key(self) -> tuple[str, str, str, int]:

@@ -34,6 +34,7 @@ HEADER, MEASUREMENTS, STEPS, SCORES = (
     "scores.jsonl",
 )
 SESSIONS = "sessions.jsonl"
+VOCABULARY = "vocabulary.json"
 
 # Two headers that differ here describe two different experiments.
 MUST_MATCH = (
@@ -198,6 +199,11 @@ class RunStore:
         """Store all scores at once; their presence says that the run was finished."""
         write_whole(self.folder / SCORES, "".join(map(to_line, scores)))
 
+    def write_vocabulary(self, pieces: dict[int, str]) -> None:
+        """Store the text of the token ids that occur in the ledger."""
+        text = json.dumps({str(token): piece for token, piece in pieces.items()}, indent=0)
+        write_whole(self.folder / VOCABULARY, text + "\n")
+
     def close(self) -> None:
         for file in (self._steps, self._measurements, self._sessions):
             file.close()
@@ -316,6 +322,17 @@ def _repair(path: Path, kind: type[Record]) -> list[Record]:
 def read_steps(folder: Path) -> Iterator[StepRecord]:
     """The per-step ledger, in the order in which it was written."""
     return (row for row, _ in _lines(folder / STEPS, StepRecord))
+
+
+def read_vocabulary(folder: Path) -> dict[int, str]:
+    """Text of each token id of the ledger; empty for a record that holds none."""
+    path = folder / VOCABULARY
+    if not path.exists():
+        return {}
+    try:
+        return {int(token): str(piece) for token, piece in json.loads(path.read_text()).items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} maps no token ids to text ({error}); delete the file") from error
 
 
 def read_record(folder: Path) -> RunRecord:

@@ -30,6 +30,8 @@ class StepTrace:
     target_forwards, draft_forwards: network evaluations of the backbone and of a separate drafter.
     query_width: tokens a sequence sent through the target. kv_len: prefix length it read.
     drafted, accepted: draft tokens verified in this step and how many of them were right.
+    draft_tokens: those drafted tokens in order, accepted ones first; None where a decoder does not
+    tell. They serve to show a decode, no number is made from them.
     step_s, forward_s: seconds of the step and of the backbone in it; None in clock mode "total".
     """
 
@@ -40,6 +42,7 @@ class StepTrace:
     kv_len: tuple[int, ...]
     drafted: tuple[int, ...]
     accepted: tuple[int, ...]
+    draft_tokens: tuple[tuple[int, ...], ...] | None = None
     step_s: float | None = None
     forward_s: float | None = None
 

@@ -208,6 +208,10 @@ class TidarDecoder:
             kv_len=before,
             drafted=tuple(n - 1 if a else 0 for n, a in zip(lengths, active, strict=True)),
             accepted=tuple(n - 1 if a else 0 for n, a in zip(counts, active, strict=True)),
+            draft_tokens=tuple(
+                tuple(draft[: n - 1]) if a else ()
+                for n, draft, a in zip(lengths, drafts, active, strict=True)
+            ),
         )
 
     def _mixed(self, ar_logits: Tensor, first_slots: Tensor) -> Tensor:
