@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--data-dir", type=Path, help="folder with the benchmark files")
     doctor = verbs.add_parser("doctor", help="what this machine can run, and how to get the rest")
     doctor.add_argument("--data-dir", type=Path)
+    _gate_options(verbs)
     peers = verbs.add_parser("peers", help="time our AR against transformers' generate")
     peers.add_argument("--weights", default="embedded")
     peers.add_argument("--device", default="cpu")
@@ -65,6 +66,26 @@ def parser() -> argparse.ArgumentParser:
     peers.add_argument("--rounds", type=int, default=5)
     peers.add_argument("--out", type=Path)
     return top
+
+
+def _gate_options(verbs: Any) -> None:
+    compare = verbs.add_parser("compare", help="two records: counters equal, speedups not lower?")
+    compare.add_argument("base", type=Path, metavar="BASE", help="regress record or run folder")
+    compare.add_argument("head", type=Path, metavar="HEAD")
+    regress = verbs.add_parser("regress", help="measure for `compare`, or against a git ref")
+    regress.add_argument("--base", metavar="REF", help="git ref to measure interleaved with this")
+    regress.add_argument("--out", type=Path, help=f"file or folder (default: under {RUNS}/)")
+    regress.add_argument("--rounds", type=int, default=40, help="turns per decoder, without --base")
+    regress.add_argument("--blocks", type=int, default=10, help="A B B A blocks per process")
+    regress.add_argument("--processes", type=int, default=8, help="most restarts of both sides")
+    regress.add_argument("--decoders", nargs="+", help="default: all, and some variants")
+    regress.add_argument("--device", default="cpu")
+    regress.add_argument("--threads", type=int, default=1)
+    for verb in (compare, regress):
+        verb.add_argument("--tolerance", type=float, default=0.05, help="share a speed may fall by")
+        verb.add_argument("--strict", action="store_true", help="undecided timings fail too")
+        verb.add_argument("--junit", type=Path, help="write JUnit XML here")
+        verb.add_argument("--gab", type=Path, help="write github-action-benchmark JSON here")
 
 
 def _run_options(verb: argparse.ArgumentParser, name: str) -> None:
@@ -125,11 +146,11 @@ def _other(args: argparse.Namespace, words: list[str]) -> int:
     elif args.verb == "audit":
         from bench.audit import audit, to_markdown
 
-        made = audit(
-            args.record, weights=args.weights, device=args.device, data_dir=args.data_dir
-        )
+        made = audit(args.record, weights=args.weights, device=args.device, data_dir=args.data_dir)
         print(to_markdown(made), end="")
         return 1 if made.bugs else 0
+    elif args.verb in ("compare", "regress"):
+        return _gate(args)
     elif args.verb == "doctor":
         from bench.doctor import report
 
@@ -151,6 +172,41 @@ def _other(args: argparse.Namespace, words: list[str]) -> int:
             out=args.out,
         )
     return 0
+
+
+def _gate(args: argparse.Namespace) -> int:
+    from bench.compare import commands, writers
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if args.verb == "compare":
+        found = commands.compare_records(args.base, args.head, args.tolerance)
+    else:
+        how = commands.Measuring(device=args.device, threads=args.threads, decoders=args.decoders)
+        out = args.out or commands.default_out(RUNS)
+        if args.base is None:
+            if args.junit or args.gab:
+                raise UserError("--junit and --gab need something to compare; add --base REF")
+            record, file = commands.regress_alone(how, rounds=args.rounds, out=out)
+            for label, reason in record.not_measured.items():
+                say(f"not measured: {label}: {reason}")
+            say(f"record: {file} ({', '.join(record.decoders)})")
+            return 0
+        found, files = commands.regress_against(
+            args.base,
+            how,
+            out=out,
+            tolerance=args.tolerance,
+            blocks=args.blocks,
+            most=args.processes,
+            say=say,
+        )
+        say("records: " + " ".join(map(str, files)))
+    print(writers.to_text(found), end="")
+    for path in writers.write(found, junit=args.junit, gab=args.gab):
+        print(f"written: {path}")
+    return found.exit_code(strict=args.strict)
 
 
 def profile_from(args: argparse.Namespace) -> Profile:
