@@ -5,6 +5,8 @@ VENV ?= .venv
 PY ?= $(VENV)/bin/python
 # Extra words for pip, e.g. the index of a CPU-only torch: see docs/reproduce.md
 PIP_ARGS ?=
+# What `make regress` compares this checkout with
+BASE ?= HEAD
 # Extra words for the verb: make reproduce ARGS="--limit 5"
 ARGS ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -16,7 +18,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help setup test test-all check smoke reproduce tables doctor
+.PHONY: help setup test test-all check smoke reproduce tables regress doctor
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -47,6 +49,9 @@ reproduce: $(READY) ## the main run on the best weights this machine has; resume
 
 tables: $(READY) ## tables again from a record folder: ARGS="<folder>"
 	$(PY) -m bench tables $(ARGS)
+
+regress: $(READY) ## this checkout against another one: BASE=<git ref>
+	$(PY) -m bench regress --base "$(BASE)" $(ARGS)
 
 doctor: $(READY) ## what this machine can and cannot run
 	$(PY) -m bench doctor $(ARGS)
