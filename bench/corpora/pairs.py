@@ -1,7 +1,10 @@
-"""The record every builder of training examples makes: a prompt and the response to learn."""
+"""The records builders of training text make: a prompt with its response, or a plain document."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -16,3 +19,21 @@ class Pair:
     id: str
     prompt: str
     response: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One plain text; the loss sees all of it. licence: an SPDX identifier or expression."""
+
+    source: str
+    id: str
+    text: str
+    licence: str
+
+
+def pairs_sha256(pairs: Iterable[Pair]) -> str:
+    """Digest of ids, prompts and responses in their order: which data a model was trained on."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(json.dumps([pair.id, pair.prompt, pair.response]).encode() + b"\n")
+    return digest.hexdigest()
