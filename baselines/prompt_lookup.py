@@ -167,6 +167,7 @@ class PromptLookupDecoder:
             kv_len=before,
             drafted=tuple(n - 1 for n in lengths),
             accepted=tuple(max(0, len(tokens) - 1) for tokens in committed),
+            draft_tokens=tuple(tuple(query[1:]) for query in queries),
         )
 
     def _certain(self, ids: Tensor, sampling: Sampling) -> Tensor | None:

@@ -72,6 +72,9 @@ class TwoForwardDecoder(TidarDecoder):
             kv_len=before,
             drafted=tuple(k - 1 if a else 0 for a in active),
             accepted=tuple(row[0] - 1 if a else 0 for row, a in zip(report, active, strict=True)),
+            draft_tokens=tuple(
+                tuple(row[1:k]) if a else () for row, a in zip(report, active, strict=True)
+            ),
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from bench.registry import decoder_module, decoder_names
 from tidar_ref.decoding import Decoder, GenerationTrace, generate
 from tidar_ref.errors import UserError
+from tidar_ref.sampling import Sampling
 
 VARIANTS = {
     "ar": [{}],
@@ -61,6 +62,15 @@ def check_ledger(trace: GenerationTrace, prompt: list[int], limit: int) -> None:
     assert final - len(ledger[-1].committed[0]) < len(trace.token_ids)  # no step after the end
 
 
+def check_drafts(trace: GenerationTrace) -> None:
+    """Draft tokens, where told: as many as drafted, the accepted ones first and committed."""
+    for step in trace.steps:
+        if step.draft_tokens is not None:
+            [draft] = step.draft_tokens
+            assert len(draft) == step.drafted[0]
+            assert draft[: step.accepted[0]] == step.committed[0][: step.accepted[0]]
+
+
 @pytest.mark.parametrize(("name", "params"), CASES)
 def test_names_and_promises(name: str, params: dict) -> None:
     decoder = build(name, params)
@@ -74,16 +84,26 @@ def test_ledger_and_determinism(name: str, params: dict) -> None:
     prompts = tiny.prompts(6, seed=20)
     decoder = build(name, params)
     calls: list[int] = []
-    handle = decoder.model.register_forward_hook(lambda *_: calls.append(1))
+    drafts: list[int] = []
+    drafter = getattr(decoder, "drafter", None)  # a separate network, if the method has one
+    handles = [
+        decoder.model.register_forward_hook(lambda _, args, __: calls.append(args[0].shape[1]))
+    ]
+    if drafter is not None:
+        handles.append(drafter.register_forward_hook(lambda *_: drafts.append(1)))
     try:
         for limit in (1, 2, 17):
             for prompt in prompts:
                 calls.clear()
+                drafts.clear()
                 trace = generate(decoder, [prompt], max_new_tokens=limit)[0]
                 check_ledger(trace, prompt, limit)
+                check_drafts(trace)
                 assert len(trace.token_ids) == limit and trace.finish == "length"
                 ledger = (trace.prefill, *trace.steps)
-                assert len(calls) == sum(s.target_forwards + s.draft_forwards for s in ledger)
+                assert len(calls) == sum(s.target_forwards for s in ledger)
+                assert len(drafts) == sum(s.draft_forwards for s in ledger)
+                assert sum(calls) == sum(s.query_width for s in ledger)
         batch = generate(decoder, prompts, max_new_tokens=17)
         again = generate(decoder, prompts, max_new_tokens=17)
         assert [t.token_ids for t in batch] == [t.token_ids for t in again]
@@ -91,7 +111,8 @@ def test_ledger_and_determinism(name: str, params: dict) -> None:
             check_ledger(trace, prompt, 17)
             assert trace.token_ids == generate(decoder, [prompt], max_new_tokens=17)[0].token_ids
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)
@@ -105,6 +126,60 @@ def test_limits_only_cut(name: str, params: dict) -> None:
         trace = generate(decoder, [prompt], max_new_tokens=20, eos_ids=frozenset({eos}))[0]
         assert trace.token_ids == full[: full.index(eos) + 1] and trace.finish == "eos"
         check_ledger(trace, prompt, 20)
+
+
+class AtMost:
+    """Stop rule: keep everything up to the first token of `ending`, told in any portions."""
+
+    def __init__(self, ending: frozenset[int]) -> None:
+        self.ending, self.seen = ending, 0
+
+    def __call__(self, token_ids: list[int], new: int) -> int | None:
+        assert new >= 1 and self.seen + new == len(token_ids)  # every token is told once, in order
+        self.seen = len(token_ids)
+        for index in range(len(token_ids) - new, len(token_ids)):
+            if token_ids[index] in self.ending:
+                return index + 1
+        return None
+
+
+@pytest.mark.parametrize(("name", "params"), CASES)
+def test_stop_rules_only_cut(name: str, params: dict) -> None:
+    """In a batch, where sequences end at different steps."""
+    decoder, prompts = build(name, params), tiny.prompts(5, seed=22)
+    full = [t.token_ids for t in generate(decoder, prompts, max_new_tokens=20)]
+    inside = 0
+    for ending in {text[index] for text in full for index in (0, 3, 11)}:
+        rule = frozenset({ending})
+        traces = generate(decoder, prompts, max_new_tokens=20, stop=lambda r=rule: AtMost(r))
+        for prompt, text, trace in zip(prompts, full, traces, strict=True):
+            stops = ending in text
+            assert trace.token_ids == (text[: text.index(ending) + 1] if stops else text)
+            assert trace.finish == ("stop" if stops else "length")
+            check_ledger(trace, prompt, 20)
+            inside += stops and len(trace.token_ids) > 1
+    assert inside
+
+
+@pytest.mark.parametrize(("name", "params"), CASES)
+def test_a_seed_fixes_the_draws(name: str, params: dict) -> None:
+    """A sampling mode is refused before anything is generated, or obeys the contract."""
+    decoder, prompts = build(name, params), tiny.prompts(4, seed=23)
+    for mode in ("match", "reject"):
+
+        def draw(seed: int, mode: str = mode) -> list[tuple[int, ...]]:
+            sampling = Sampling(temperature=1.5, mode=mode, seed=seed)
+            traces = generate(decoder, prompts, max_new_tokens=12, sampling=sampling)
+            for prompt, trace in zip(prompts, traces, strict=True):
+                check_ledger(trace, prompt, 12)
+            return [trace.token_ids for trace in traces]
+
+        try:
+            first = draw(1)
+        except UserError as error:
+            assert mode in str(error) or "temperature" in str(error)
+            continue
+        assert first == draw(1) and first != draw(2)
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)
