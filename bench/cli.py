@@ -1,8 +1,8 @@
 """The command line: the only place with argparse, and the only one that prints.
 
-Verbs: reproduce, run, tables, autotune, audit, doctor, peers. Bad input is one sentence and exit
-code 2, an interrupted run says how to go on and exits 130, an audit that finds a bug exits 1. Heavy
-libraries are imported by the verbs.
+Verbs: reproduce, run, tables, claims, figures, export, autotune, audit, compare, regress, doctor,
+peers. Bad input is one sentence and exit code 2, an interrupted run says how to go on and exits
+130, an audit that finds a bug exits 1. Heavy libraries are imported by the verbs.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", help="what this machine can run, and how to get the rest")
     doctor.add_argument("--data-dir", type=Path)
     _gate_options(verbs)
+    _page_options(verbs)
     peers = verbs.add_parser("peers", help="time our AR against transformers' generate")
     peers.add_argument("--weights", default="embedded")
     peers.add_argument("--device", default="cpu")
@@ -66,6 +67,21 @@ def parser() -> argparse.ArgumentParser:
     peers.add_argument("--rounds", type=int, default=5)
     peers.add_argument("--out", type=Path)
     return top
+
+
+def _page_options(verbs: Any) -> None:
+    claims = verbs.add_parser("claims", help="every published number, ours beside it, a verdict")
+    claims.add_argument("records", type=Path, nargs="*", metavar="RECORD", help="besides results/")
+    claims.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    claims.add_argument("--source", help='only this source, e.g. "Table 2" or "Figure 4"')
+    figures = verbs.add_parser("figures", help="the paper's figures with ours beside them")
+    figures.add_argument("records", type=Path, nargs="*", metavar="RECORD")
+    figures.add_argument("--out", type=Path, required=True, help="folder for SVG, PDF and PNG")
+    export = verbs.add_parser("export", help="a record in lm-eval's or evalplus' own files")
+    export.add_argument("record", type=Path, metavar="RECORD")
+    export.add_argument("--format", choices=("lm-eval", "evalplus"), required=True)
+    export.add_argument("--out", type=Path, required=True)
+    export.add_argument("--data-dir", type=Path, help="folder with the benchmark files")
 
 
 def _gate_options(verbs: Any) -> None:
@@ -151,6 +167,8 @@ def _other(args: argparse.Namespace, words: list[str]) -> int:
         return 1 if made.bugs else 0
     elif args.verb in ("compare", "regress"):
         return _gate(args)
+    elif args.verb in ("claims", "figures", "export"):
+        return _page(args)
     elif args.verb == "doctor":
         from bench.doctor import report
 
@@ -171,6 +189,25 @@ def _other(args: argparse.Namespace, words: list[str]) -> int:
             rounds=args.rounds,
             out=args.out,
         )
+    return 0
+
+
+def _page(args: argparse.Namespace) -> int:
+    if args.verb == "claims":
+        from bench.claims_verdict import page
+
+        print(page(args.records, form=args.format, source=args.source), end="")
+        return 0
+    if args.verb == "figures":
+        from bench.figures import draw_all
+
+        written = draw_all(args.records, args.out)
+    else:
+        from bench.export import export
+
+        written = export(args.record, args.format, args.out, data_dir=args.data_dir)
+    for path in written:
+        print(f"written: {path}")
     return 0
 
 

@@ -1,0 +1,185 @@
+"""What our records say about the quantities claims are made of: one `Observed` per number.
+
+Read from finished or unfinished record folders; nothing is generated or timed here. A number of a
+`random` record is a step cost only, as everywhere. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import metrics
+from bench.store import HEADER, RunRecord, read_record
+from bench.tables import REFERENCE, TableRow, table_rows
+
+RECORDS_DIR = Path(__file__).resolve().parents[1] / "results" / "records"
+# The paper's means, from its per-task cells.
+GROUPS = {
+    "humaneval_average": ("humaneval", "humaneval_plus"),
+    "mbpp_average": ("mbpp", "mbpp_plus"),
+    "average_3_groups": ("humaneval_average", "mbpp_average", "gsm8k_cot"),
+    "average_5_tasks": ("humaneval", "humaneval_plus", "mbpp", "mbpp_plus", "gsm8k_cot"),
+}
+PROBLEMS = {"humaneval": 164, "humaneval_plus": 164, "mbpp": 500, "mbpp_plus": 378,
+            "gsm8k_cot": 1319}  # fmt: skip
+LENGTHS = {"humaneval": 512, "humaneval_plus": 512, "mbpp": 512, "mbpp_plus": 512,
+           "gsm8k_cot": 256}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """One number of ours, in the unit of a claim's metric; bounds of a 95 % interval, or None.
+
+    `shape` is the lower-case name of the weights without owner ("qwen3-8b"); `params` are the
+    decoder's; `whole` is False when not every problem of the task ran to the paper's length;
+    `n` counts problems.
+    """
+
+    record: str
+    weights: str
+    adapters: tuple[str, ...]
+    tier: str
+    shape: str
+    device: str
+    decoder: str
+    label: str
+    params: dict[str, Any]
+    task: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    whole: bool
+
+
+def shape_of(weights: str) -> str:
+    """Name without owner or `random:`, lower-case, without a -base ending."""
+    return weights.split("/")[-1].removeprefix("random:").lower().removesuffix("-base")
+
+
+def committed_records(folder: Path = RECORDS_DIR) -> tuple[Path, ...]:
+    """The record folders under results/records/, by name; other files there are not runs."""
+    return tuple(sorted(path.parent for path in folder.glob(f"*/{HEADER}")))
+
+
+def observe(record: RunRecord) -> list[Observed]:
+    """Every claim-like number of one record: scores, T/NFE, speeds, step costs, their means."""
+    found: list[Observed] = []
+    rows = table_rows(record)
+    for label in record.header.decoders:
+        mine = [row for row in rows if row.decoder == label]
+        cells = [cell for row in mine for cell in _of_row(record, row)]
+        found += cells + _means(cells)
+        found += _step_ratio(record, label)
+    return found
+
+
+def observe_all(folders: Sequence[Path]) -> list[Observed]:
+    """`observe` over record folders; UserError for a folder that is no record."""
+    return [item for folder in folders for item in observe(read_record(folder))]
+
+
+def _observed(record: RunRecord, label: str, **values: Any) -> Observed:
+    header = record.header
+    facts = header.decoders[label]
+    return Observed(
+        record=record.name,
+        weights=header.weights["name"],
+        adapters=tuple(header.weights.get("adapters") or ()),
+        tier=header.weights["tier"],
+        shape=shape_of(header.weights["name"]),
+        device=header.environment.get("gpu") or header.device,
+        decoder=facts["name"],
+        label=label,
+        params=dict(facts["params"]),
+        **{"low": None, "high": None, **values},
+    )
+
+
+def _of_row(record: RunRecord, row: TableRow) -> list[Observed]:
+    limit = record.header.profile["max_new_tokens"]
+    whole = row.n >= PROBLEMS.get(row.task, row.n + 1) and not (
+        limit and limit < LENGTHS.get(row.task, 0)
+    )
+    numbers: list[tuple[str, str, float | None, float | None, float | None]] = [
+        (row.task, "score", _percent(row.score), _percent(row.score_low), _percent(row.score_high)),
+        (row.task, "t_per_nfe", row.t_per_nfe, None, None),
+        (row.task, "acceptance_length", row.acceptance_length, None, None),
+        (row.task, "tokens_per_s", row.tokens_per_s, None, None),
+        (row.task, "speedup", row.speedup, row.speedup_low, row.speedup_high),
+    ]
+    if row.task == "humaneval":
+        # The same texts through evalplus: HumanEval+ has no generations of its own.
+        plus = _plus(record, row.decoder)
+        numbers += [("humaneval_plus", *number[1:]) for number in numbers[1:] if plus]
+        if plus:
+            numbers.append(("humaneval_plus", "score", *plus))
+    return [
+        _observed(
+            record, row.decoder, task=task, metric=metric, value=value, low=low, high=high,
+            n=row.n, whole=whole,
+        )
+        for task, metric, value, low, high in numbers
+        if value is not None
+    ]  # fmt: skip
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _plus(record: RunRecord, label: str) -> tuple[float, float | None, float | None] | None:
+    for score in record.scores:
+        key = (score.decoder, score.task, score.metric, score.variant, score.repeat)
+        if key == (label, "humaneval", "evalplus_plus", "repaired", 0):
+            interval = metrics.score_interval(score.per_problem)
+            if interval and record.header.weights["tier"] != "random":
+                return 100 * interval.value, _percent(interval.low), _percent(interval.high)
+    return None
+
+
+def _means(cells: list[Observed]) -> list[Observed]:
+    """The paper's means where every part of one is there; they carry no interval."""
+    found: dict[tuple[str, str], Observed] = {(cell.task, cell.metric): cell for cell in cells}
+    made = []
+    for group, parts in GROUPS.items():
+        for metric in ("score", "t_per_nfe", "speedup"):
+            there = [found[part, metric] for part in parts if (part, metric) in found]
+            if len(there) == len(parts):
+                values = {
+                    "task": group,
+                    "metric": metric,
+                    "value": sum(cell.value for cell in there) / len(there),
+                    "low": None,
+                    "high": None,
+                    "n": sum(cell.n for cell in there),
+                    "whole": all(cell.whole for cell in there),
+                }
+                found[group, metric] = Observed(**{**there[0].__dict__, **values})
+                made.append(found[group, metric])
+    return made
+
+
+def _step_ratio(record: RunRecord, label: str) -> list[Observed]:
+    """Seconds of a step over seconds of an AR step, on the (task, problem, repeat) both ran."""
+    reference = {row.pair: row for row in record.measurements if row.decoder == REFERENCE}
+    mine = [
+        row for row in record.measurements if row.decoder == label and row.pair in reference
+    ]
+    theirs = [reference[row.pair] for row in mine]
+    if label == REFERENCE or not mine:
+        return []
+    forwards = sum(row.decode_forwards for row in mine), sum(r.decode_forwards for r in theirs)
+    seconds = sum(row.decode_s for row in mine), sum(row.decode_s for row in theirs)
+    if not all((*forwards, *seconds)):
+        return []
+    ratio = (seconds[0] / forwards[0]) / (seconds[1] / forwards[1])
+    return [
+        _observed(
+            record, label, task="", metric="step_ratio", value=ratio, n=len(mine), whole=True
+        )
+    ]
