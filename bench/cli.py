@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bench.harness import Prepared
     from bench.profiles import Profile
     from bench.records import Measurement, RunHeader
-    from bench.store import RunStore
+    from bench.store import Key, RunStore
 
 RUNS = Path("runs")
 
@@ -120,6 +120,11 @@ def _run_options(verb: argparse.ArgumentParser, name: str) -> None:
     verb.add_argument("--clock", choices=("total", "per_step"), help="per_step splits host time")
     verb.add_argument(
         "--fixed-length", action="store_true", help="speed run: every output to the limit, no score"
+    )
+    verb.add_argument(
+        "--telemetry",
+        action=argparse.BooleanOptionalAction,
+        help="watch power, clocks and counters (default: on a GPU)",
     )
     verb.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     again = verb.add_mutually_exclusive_group()
@@ -305,7 +310,7 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
         return 0
     store = _open_store(args, header)
     try:
-        _generate(prepared, store, words)
+        _generate(prepared, store, words, telemetry=args.telemetry)
         harness.write_vocabulary(prepared, store)
         harness.score_all(prepared, store, say=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
@@ -372,17 +377,30 @@ def _resumed(store: RunStore) -> RunStore:
     return store
 
 
-def _generate(prepared: Prepared, store: RunStore, words: list[str]) -> None:
-    from tqdm import tqdm
-
-    from bench import harness
-    from bench.environment import portable
-    from bench.store import planned_keys
+def _generate(
+    prepared: Prepared, store: RunStore, words: list[str], *, telemetry: bool | None
+) -> None:
+    from bench.store import TELEMETRY, planned_keys
+    from bench.telemetry import watching
 
     left = [key for key in planned_keys(store.header) if key not in store.done]
     print(f"record: {store.folder}", flush=True)
     if not left:
         return
+    with watching(store.folder / TELEMETRY, device=prepared.device, wanted=telemetry) as watch:
+        print("\n".join(watch.lines), flush=True)
+        watch.idle()
+        _generate_watched(prepared, store, words, left, watch.note)
+
+
+def _generate_watched(
+    prepared: Prepared, store: RunStore, words: list[str], left: list[Key], note: dict[str, Any]
+) -> None:
+    from tqdm import tqdm
+
+    from bench import harness
+    from bench.environment import portable
+
     warm = harness.warm_up(prepared)
     store.note_session(
         {
@@ -390,6 +408,7 @@ def _generate(prepared: Prepared, store: RunStore, words: list[str]) -> None:
             "argv": [portable(word) for word in words],
             "already_done": len(store.done),
             "warm_up": warm,
+            "telemetry": note,
         }
     )
     limits = {

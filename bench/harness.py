@@ -28,6 +28,7 @@ from bench.records import (
 )
 from bench.registry import build_decoder
 from bench.store import Key, RunStore, planned_keys
+from bench.telemetry import now
 from tidar_ref.errors import UserError
 
 if TYPE_CHECKING:
@@ -286,6 +287,7 @@ def measure(
     on_cuda = prepared.device.startswith("cuda")
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
+    began_at = now()
     [trace] = generate(
         prepared.decoders[label],
         [prompt],
@@ -295,9 +297,12 @@ def measure(
         sampling=Sampling(seed=profile.seed + repeat),
         clock=profile.clock,
     )
+    ended_at = now()
     peak = torch.cuda.max_memory_allocated() if on_cuda else None
     stops = () if to_the_limit else problem.stop
-    return summarise(key, problem, prompt, trace, tokenizer, stops, peak), ledger(key, trace)
+    row = summarise(key, problem, prompt, trace, tokenizer, stops, peak)
+    row = dataclasses.replace(row, began_at=round(began_at, 4), ended_at=round(ended_at, 4))
+    return row, ledger(key, trace)
 
 
 def summarise(

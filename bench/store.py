@@ -25,6 +25,7 @@ from bench.records import (
     from_dict,
     to_line,
 )
+from bench.telemetry.summary import read_lines
 from tidar_ref.errors import UserError
 
 HEADER, MEASUREMENTS, STEPS, SCORES = (
@@ -35,6 +36,7 @@ HEADER, MEASUREMENTS, STEPS, SCORES = (
 )
 SESSIONS = "sessions.jsonl"
 VOCABULARY = "vocabulary.json"
+TELEMETRY = "telemetry.jsonl"  # written by the sampler's process; see bench/telemetry
 
 # Two headers that differ here describe two different experiments.
 MUST_MATCH = (
@@ -57,12 +59,17 @@ Record = TypeVar("Record", Measurement, StepRecord, ScoreRecord)
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A record folder in memory; `name` is the folder's name."""
+    """A record folder in memory; `name` is the folder's name.
+
+    `sessions` and `telemetry` are their files' lines as they are; older records have none.
+    """
 
     name: str
     header: RunHeader
     measurements: tuple[Measurement, ...]
     scores: tuple[ScoreRecord, ...]
+    sessions: tuple[dict[str, Any], ...] = ()
+    telemetry: tuple[dict[str, Any], ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -343,7 +350,20 @@ def read_record(folder: Path) -> RunRecord:
         header=header,
         measurements=tuple(row for row, _ in _lines(folder / MEASUREMENTS, Measurement)),
         scores=tuple(row for row, _ in _lines(folder / SCORES, ScoreRecord)),
+        sessions=_sessions(folder / SESSIONS),
+        telemetry=read_lines(folder / TELEMETRY),
     )
+
+
+def _sessions(path: Path) -> tuple[dict[str, Any], ...]:
+    """The session lines; one that a kill left torn is skipped."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return tuple(values for values in found if isinstance(values, dict))
 
 
 def find_unfinished(runs: Path, header: RunHeader) -> Path | None:
