@@ -160,7 +160,7 @@ def with_adapter(loaded: LoadedModel, name: str) -> LoadedModel:
         known = ", ".join(sorted(path.name for path in ADAPTERS.glob("*") if path.is_dir()))
         raise UserError(f"adapter {name!r} is no folder, nor one of: {known or '(none here)'}")
     adapter = adapters.read(folder, loaded.model.config)
-    made_for = adapters.read_config(folder)["tidar"].get("base_sha256")
+    made_for = adapters.read_json(folder, adapters.NOTES_FILE).get("base_sha256")
     if made_for not in (None, loaded.source.sha256):
         raise UserError(
             f"adapter {folder.name} was trained on weights with sha256 {made_for}, these have"

@@ -5,7 +5,8 @@ placement "mask": on mask rows only; the AR half then is the base model's, bit f
 paper does not have.
 
 Files are peft's: adapter_config.json and adapter_model.safetensors with the hub's module names, so
-`peft.PeftModel` reads an "all" adapter into transformers. The fused products share one A: q, k and v
+`peft.PeftModel` reads an "all" adapter into transformers (a "mask" one it must refuse: on every row
+it would be wrong). tidar.json beside them is ours: placement, mask token, what made it. The fused products share one A: q, k and v
 (gate and up) get the same A and their own rows of B. The mask token's embedding row is one tensor
 more, `tidar.mask_embedding`, which peft ignores.
 """
@@ -30,6 +31,8 @@ from tidar_ref.model import Transformer
 PLACEMENTS = ("all", "mask")
 PRODUCTS = ("qkv", "o", "gate_up", "down")
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+NOTES_FILE = "tidar.json"
+PEFT_TYPES = {"all": "LORA", "mask": "TIDAR_MASK_LORA"}
 MASK_ROW = "tidar.mask_embedding"
 
 
@@ -139,7 +142,7 @@ def difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], *, rank:
 
 
 def save(adapter: Adapter, folder: Path, config: ModelConfig, *, base: str, notes: Mapping[str, Any]) -> Path:
-    """Write peft's two files, tensors in bfloat16; `notes` goes under "tidar" in the config."""
+    """Write peft's two files, tensors in bfloat16, and tidar.json with `notes`."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +156,7 @@ def save(adapter: Adapter, folder: Path, config: ModelConfig, *, base: str, note
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
     modules = sorted({m.rpartition(".")[2] for n in adapter.factors for m, _ in _modules(n, config)})
     text = {
-        "peft_type": "LORA",
+        "peft_type": PEFT_TYPES[adapter.config.placement],
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": adapter.config.rank,
@@ -163,13 +166,14 @@ def save(adapter: Adapter, folder: Path, config: ModelConfig, *, base: str, note
         "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": modules,
-        "tidar": {
-            "placement": adapter.config.placement,
-            "mask_token_id": adapter.mask_token_id,
-            **notes,
-        },
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    own = {
+        "placement": adapter.config.placement,
+        "mask_token_id": adapter.mask_token_id,
+        **notes,
+    }
+    for name, content in ((CONFIG_FILE, text), (NOTES_FILE, own)):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return folder
 
 
@@ -178,14 +182,13 @@ def read(folder: Path, config: ModelConfig) -> Adapter:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    text = read_config(folder)
-    notes = text.get("tidar", {})
+    text, notes = read_json(folder, CONFIG_FILE), read_json(folder, NOTES_FILE)
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
         settings = AdapterConfig(
             rank=int(text["r"]),
             alpha=float(text["lora_alpha"]),
-            placement=str(notes.get("placement", "all")),
+            placement=str(notes["placement"]),
         )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"adapter {folder.name} is damaged ({error}): fetch it again") from None
@@ -208,15 +211,15 @@ def read(folder: Path, config: ModelConfig) -> Adapter:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json as a dict."""
-    path = folder / CONFIG_FILE
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """One of an adapter's two JSON files as a dict."""
+    path = folder / name
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder.name} holds no readable {CONFIG_FILE} ({error.__class__.__name__}): name a"
-            " folder that `python -m bench train` or peft wrote"
+            f"{folder.name} holds no readable {name} ({error.__class__.__name__}): name an adapter"
+            " folder that `python -m bench train` wrote"
         ) from None
 
 

@@ -79,6 +79,10 @@ class TrainingNetwork(nn.Module):
 
     def forward(self, rows: Rows, objective: Objective) -> Losses:
         """Both loss sums over the rows of one packed batch (section 2.4, before averaging)."""
+        return self._losses(self.hidden_states(rows), rows, objective)
+
+    def hidden_states(self, rows: Rows) -> Tensor:
+        """[N, H] after the final norm, in row order."""
         weight = self.embed.weight
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.gated):
             clean = F.embedding(rows.ids[: rows.clean], weight)
@@ -98,7 +102,7 @@ class TrainingNetwork(nn.Module):
                 hidden = layer(hidden, cos, sin, attend)
         if self.gated:
             hidden = torch.cat(hidden)
-        return self._losses(self.norm(hidden), rows, objective)
+        return self.norm(hidden)
 
     def _compute_dtype(self, like: Tensor) -> torch.dtype:
         device = like.device.type

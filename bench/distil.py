@@ -1,0 +1,92 @@
+"""Self-distillation: the weights write the answers that the drafts are then trained to predict.
+
+Greedy answers of the very model that will verify: a draft is right when it says what that model
+says, right or wrong. Answers are kept as they are, whatever a checker would say of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.recipes import Recipe
+
+if TYPE_CHECKING:
+    from bench.corpora.mixture import Corpus
+    from tidar_ref.checkpoint import LoadedModel
+    from tidar_ref.training.rows import Example
+
+ANSWERS_FILE = "distilled.jsonl"
+BATCH = 16
+MAX_NEW_TOKENS = 64
+
+
+def distilled(corpus: Corpus, loaded: LoadedModel, recipe: Recipe, out: Path) -> Corpus:
+    """The corpus with every response replaced by the model's own greedy answer.
+
+    Answers are appended to out/distilled.jsonl as they come; those already there are used again.
+    Prompts of like length are decoded together.
+    """
+    from tqdm import tqdm
+
+    from baselines.autoregressive import build
+    from tidar_ref.decoding import generate
+    from tidar_ref.training.rows import Example
+
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ANSWERS_FILE
+    answers = _read(path)
+    decoder = build(loaded.model)
+    eos = frozenset(loaded.source.eos_token_ids)
+    order = sorted(
+        (index for index, pair in enumerate(corpus.pairs) if pair.id not in answers),
+        key=lambda index: len(corpus.examples[index].prompt),
+    )
+    with path.open("a", encoding="utf-8") as file, tqdm(
+        total=len(corpus.pairs), initial=len(answers), unit="answer", disable=None
+    ) as bar:
+        for start in range(0, len(order), BATCH):
+            group = order[start : start + BATCH]
+            traces = generate(
+                decoder,
+                [corpus.examples[index].prompt for index in group],
+                max_new_tokens=MAX_NEW_TOKENS,
+                eos_ids=eos,
+            )
+            for index, trace in zip(group, traces, strict=True):
+                identity = corpus.pairs[index].id
+                answers[identity] = trace.token_ids
+                file.write(json.dumps({"id": identity, "ids": trace.token_ids}) + "\n")
+            file.flush()
+            bar.update(len(group))
+    examples = [
+        Example(prompt=example.prompt, response=answers[pair.id])
+        for pair, example in zip(corpus.pairs, corpus.examples, strict=True)
+    ]
+    report = {
+        **corpus.report,
+        "distilled_by": loaded.source.name,
+        "distilled_tokens": sum(len(example.response) for example in examples),
+        "same_as_source": _same(examples, corpus.examples),
+        "cut_at_the_limit": sum(example.response[-1] not in eos for example in examples),
+    }
+    return dataclasses.replace(corpus, examples=tuple(examples), report=report)
+
+
+def _read(path: Path) -> dict[str, tuple[int, ...]]:
+    """Answers written so far; a line cut off by a kill is dropped and its answer made again."""
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    rows = (json.loads(line) for line in whole.splitlines())
+    return {row["id"]: tuple(row["ids"]) for row in rows}
+
+
+def _same(ours: Sequence[Example], theirs: Sequence[Example]) -> int:
+    return sum(a.response == b.response for a, b in zip(ours, theirs, strict=True))
