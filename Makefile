@@ -18,7 +18,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help setup test test-all check smoke reproduce tables regress doctor
+.PHONY: help setup test test-all check smoke reproduce tables report regress doctor
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -49,6 +49,9 @@ reproduce: $(READY) ## the main run on the best weights this machine has; resume
 
 tables: $(READY) ## tables again from a record folder: ARGS="<folder>"
 	$(PY) -m bench tables $(ARGS)
+
+report: $(READY) ## one page of one or more records: ARGS="<folder> ... --out <folder>"
+	$(PY) -m bench report $(ARGS)
 
 regress: $(READY) ## this checkout against another one: BASE=<git ref>
 	$(PY) -m bench regress --base "$(BASE)" $(ARGS)

@@ -1,6 +1,6 @@
 """The command line: the only place with argparse, and the only one that prints.
 
-Verbs: reproduce, run, tables, claims, figures, export, autotune, audit, compare, regress, doctor,
+Verbs: reproduce, run, tables, report, claims, figures, export, autotune, audit, compare, regress, doctor,
 peers. Bad input is one sentence and exit code 2, an interrupted run says how to go on and exits
 130, an audit that finds a bug exits 1. Heavy libraries are imported by the verbs.
 """
@@ -36,13 +36,16 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="python -m bench", description="TiDAR benchmarks")
     verbs = top.add_subparsers(dest="verb", required=True, parser_class=_Parser)
     words = {
-        "reproduce": "run what suits this machine (or --profile), then print and write the tables",
+        "reproduce": "run what suits this machine (or --profile), then write tables and report",
         "run": "run a profile, then print and write the tables",
     }
     for verb, text in words.items():
         _run_options(verbs.add_parser(verb, help=text, description=text), verb)
     tables = verbs.add_parser("tables", help="make the tables of a record folder again")
     tables.add_argument("record", type=Path, metavar="RECORD")
+    report = verbs.add_parser("report", help="one page of one or more records: HTML and Markdown")
+    report.add_argument("records", type=Path, nargs="+", metavar="RECORD")
+    report.add_argument("--out", type=Path, help="folder for the page (default: a sole record's)")
     tune = verbs.add_parser("autotune", help="which K and outcomes would be fastest for a record")
     tune.add_argument("record", type=Path, metavar="RECORD")
     tune.add_argument("--widths", type=Path, help="CSV: width,seconds (default: the record's own)")
@@ -151,6 +154,11 @@ def _other(args: argparse.Namespace, words: list[str]) -> int:
         from bench.tables import write_tables
 
         print(write_tables(args.record), end="")
+    elif args.verb == "report":
+        from bench.report.build import write_report
+
+        for path in write_report(args.records, args.out):
+            print(f"report: {path}")
     elif args.verb == "autotune":
         from bench.autotune import report as autotune_report
 
@@ -327,6 +335,11 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
 
     print("\n" + write_tables(store.folder))
     print(f"record: {store.folder}")
+    if args.verb == "reproduce":
+        from bench.report.build import write_report
+
+        for path in write_report([store.folder]):
+            print(f"report: {path}")
     return 0
 
 
