@@ -25,8 +25,8 @@ from tidar_ref.errors import UserError
 
 HERE = Path(__file__).resolve().parents[2]
 WORKER = HERE / "bench" / "regress.py"
-BLOCKS = 10  # A B B A blocks in one pair of processes
-FEWEST, MOST = 2, 8  # pairs of processes: stop between them as soon as every decoder is decided
+BLOCKS = 5  # A B B A blocks in one pair of processes
+FEWEST, MOST = 4, 16  # pairs of processes: stop between them as soon as every decoder is decided
 
 Say = Callable[[str], None]
 
