@@ -1,8 +1,8 @@
 """The command line: the only place with argparse, and the only one that prints.
 
-Verbs: reproduce, run, tables, report, claims, figures, export, autotune, audit, compare, regress, doctor,
-peers. Bad input is one sentence and exit code 2, an interrupted run says how to go on and exits
-130, an audit that finds a bug exits 1. Heavy libraries are imported by the verbs.
+Verbs: reproduce, run, tables, report, claims, figures, export, autotune, audit, compare, regress,
+doctor, peers. Bad input is one sentence and exit code 2, an interrupted run says how to go on and
+exits 130, an audit that finds a bug exits 1. Heavy libraries are imported by the verbs.
 """
 
 from __future__ import annotations
