@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from bench import metrics
+from bench import metrics, validity
 from bench.metrics import Interval
 from bench.records import Measurement, ScoreRecord
 from bench.store import RunRecord, planned_keys, read_record, write_whole
+from bench.telemetry import cells
+from bench.telemetry.summary import Cell, RunTelemetry
+from bench.validity import COUNTS, SCORE, SPEED, Flag, Marks
 
 TIER_LABELS = {
     "random": "random weights: step times only; scores, T/NFE and speedup mean nothing and are "
@@ -31,7 +35,11 @@ REFERENCE = "ar"
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """One decoder on one task. Scores are fractions, paper_score is in %; None is not measured."""
+    """One decoder on one task. Scores are fractions, paper_score is in %; None is not measured.
+
+    `flags` are names with blanks between; `*_compared` is False where a flag of this cell or of ar
+    spoils the comparison, None where there is none.
+    """
 
     task: str
     shots: int
@@ -63,20 +71,36 @@ class TableRow:
     paper_system: str | None
     paper_score: float | None
     paper_t_per_nfe: float | None
+    latency_p90_s: float | None
+    latency_p99_s: float | None
+    joules_per_token: float | None
+    joules_per_correct: float | None
+    flags: str
+    speedup_compared: bool | None
+    score_compared: bool | None
 
 
 def table_rows(record: RunRecord) -> list[TableRow]:
     """All rows, tasks in running order, decoders in their order inside each task."""
     planned = planned_keys(record.header)
+    run = validity.telemetry_of(record)
+    flags = validity.flags_of(record, run)
     rows = []
     for task in record.header.problems:
         for decoder in record.header.decoders:
             count = sum(key[0] == decoder and key[1] == task for key in planned)
-            rows.append(_row(record, task, decoder, count))
+            rows.append(_row(record, task, decoder, count, run, flags))
     return rows
 
 
-def _row(record: RunRecord, task: str, decoder: str, planned: int) -> TableRow:
+def _row(
+    record: RunRecord,
+    task: str,
+    decoder: str,
+    planned: int,
+    run: RunTelemetry,
+    flags: dict[Cell, tuple[Flag, ...]],
+) -> TableRow:
     header = record.header
     mine = [row for row in record.measurements if (row.task, row.decoder) == (task, decoder)]
     reference = [row for row in record.measurements if (row.task, row.decoder) == (task, REFERENCE)]
@@ -92,6 +116,9 @@ def _row(record: RunRecord, task: str, decoder: str, planned: int) -> TableRow:
     # Fixed-length runs are past the model's own ending: speed only, for every decoder alike.
     equal = None if is_reference or not reference else metrics.equal_outputs(mine, reference)
     steps = sum(row.decode_forwards for row in mine)
+    cell, pair = (decoder, task), ((decoder, task), (REFERENCE, task))
+    seen = run.cells.get(cell)
+    latency = [row.prefill_s + row.decode_s for row in mine]
     system, paper_score, paper_ratio = _paper(record, task, header.decoders[decoder]["name"])
     return TableRow(
         task=task,
@@ -124,6 +151,15 @@ def _row(record: RunRecord, task: str, decoder: str, planned: int) -> TableRow:
         paper_system=system,
         paper_score=paper_score,
         paper_t_per_nfe=paper_ratio,
+        latency_p90_s=validity.percentile(latency, 90),
+        latency_p99_s=validity.percentile(latency, 99),
+        joules_per_token=cells.joules_per_token(mine, seen) if real else None,
+        joules_per_correct=(
+            cells.joules_per_correct(mine, cells.scores_of(record, cell), seen) if real else None
+        ),
+        flags=" ".join(flag.name for flag in flags[cell]),
+        speedup_compared=not validity.spoilers((SPEED, COUNTS), pair, flags) if faster else None,
+        score_compared=not validity.spoilers((SCORE,), pair, flags) if gap else None,
     )
 
 
@@ -164,9 +200,12 @@ def to_csv(rows: list[TableRow]) -> str:
 
 
 def to_markdown(record: RunRecord) -> str:
-    """The whole page: what ran, main table, every score, acceptance, divergence."""
+    """The whole page: what ran, main table, flags, device, every score, acceptance, divergence."""
     rows = table_rows(record)
-    parts = [_heading(record), _main_table(rows)]
+    run = validity.telemetry_of(record)
+    marks = Marks(validity.flags_of(record, run))
+    main, device = _main_table(rows, marks), _device_table(record, run, marks)
+    parts = [_heading(record), main, "\n".join(marks.notes()), device]
     if record.header.weights["tier"] != "random":
         parts += [_score_table(record), _acceptance_table(record)]
     parts.append("\n".join(divergence_lines(record)))
@@ -202,7 +241,7 @@ def _heading(record: RunRecord) -> str:
     return "\n".join(lines)
 
 
-def _main_table(rows: list[TableRow]) -> str:
+def _main_table(rows: list[TableRow], marks: Marks) -> str:
     head = (
         "task",
         "decoder",
@@ -216,29 +255,36 @@ def _main_table(rows: list[TableRow]) -> str:
         "cut by length",
         "paper: score (T/NFE), system",
     )
-    body = [
-        (
-            f"{row.task} ({row.shots}-shot)" + (" (ours)" if row.ours else ""),
-            row.decoder,
-            str(row.n) if row.n == row.planned else f"{row.n} of {row.planned}",
-            _cell(row.score, row.score_low, row.score_high, scale=100, digits=1),
-            _cell(
-                row.score_minus_ar,
-                row.score_minus_ar_low,
-                row.score_minus_ar_high,
-                scale=100,
-                digits=1,
-            ),
-            _cell(row.t_per_nfe),
-            _cell(row.tokens_per_s, digits=1),
-            _cell(row.step_ms, digits=1),
-            _cell(row.speedup, row.speedup_low, row.speedup_high, suffix="x"),
-            f"{row.stopped_by_length} of {row.n}",
-            _paper_cell(row),
-        )
-        for row in rows
-    ]
-    return _markdown(head, body)
+    return _markdown(head, [_main_line(row, marks) for row in rows])
+
+
+def _main_line(row: TableRow, marks: Marks) -> tuple[str, ...]:
+    mine, ar = (row.decoder, row.task), (REFERENCE, row.task)
+    score = _cell(row.score, row.score_low, row.score_high, scale=100, digits=1)
+    gap = _cell(
+        row.score_minus_ar, row.score_minus_ar_low, row.score_minus_ar_high, scale=100, digits=1
+    )
+    faster = _cell(row.speedup, row.speedup_low, row.speedup_high, suffix="x")
+    return (
+        f"{row.task} ({row.shots}-shot)" + (" (ours)" if row.ours else ""),
+        row.decoder,
+        str(row.n) if row.n == row.planned else f"{row.n} of {row.planned}",
+        marks.mark(score, (SCORE,), mine),
+        marks.mark(gap, (SCORE,), mine, ar),
+        marks.mark(_cell(row.t_per_nfe), (COUNTS,), mine),
+        marks.mark(_cell(row.tokens_per_s, digits=1), (SPEED, COUNTS), mine),
+        marks.mark(_cell(row.step_ms, digits=1), (SPEED,), mine),
+        marks.mark(faster, (SPEED, COUNTS), mine, ar),
+        f"{row.stopped_by_length} of {row.n}",
+        _paper_cell(row),
+    )
+
+
+def _device_table(record: RunRecord, run: RunTelemetry, marks: Marks) -> str:
+    body = cells.device_body(record, run, marks)
+    if not body:
+        return ""
+    return "## Device\n\n" + _markdown(cells.HEAD, body) + "\n\n" + cells.remarks(run)
 
 
 def _paper_cell(row: TableRow) -> str:
@@ -346,9 +392,12 @@ def _markdown(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
 
 
 def write_tables(folder: Path) -> str:
-    """Write tables.md and tables.csv into a record folder; gives the Markdown."""
+    """Write tables.md, tables.csv and cells.json into a record folder; gives the Markdown."""
     record = read_record(folder)
     page = to_markdown(record)
     write_whole(folder / "tables.csv", to_csv(table_rows(record)))
+    run = validity.telemetry_of(record)
+    for_programs = cells.as_json(run, validity.flags_of(record, run))
+    write_whole(folder / "cells.json", json.dumps(for_programs, indent=1, ensure_ascii=False))
     write_whole(folder / "tables.md", page)
     return page
