@@ -206,7 +206,7 @@ def load(paths: str | Path | Sequence[str | Path]) -> Frames:
         "measurements": [_measurement(r, m) for _, r in records for m in r.measurements],
         "steps": [_step(r, s) for folder, r in records for s in read_steps(folder)],
         "scores": [row for _, r in records for s in r.scores for row in _scores(r, s)],
-        "slots": [row for folder, r in records for row in _slots(folder, r.name)],
+        "slots": [{"record": r.name, **row} for folder, r in records for row in slot_rows(folder)],
         "claims": to_rows(judge_all(load_claims(), observed)),
         "header": [_header(r) for _, r in records],
     }
@@ -273,14 +273,15 @@ def _scores(record: RunRecord, score: ScoreRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _slots(folder: Path, name: str) -> list[dict[str, Any]]:
+def slot_rows(folder: Path) -> list[dict[str, Any]]:
+    """The width points of a record folder, one dict each; empty where it holds none."""
     path = folder / SLOTS
     if not path.is_file():
         return []
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            rows.append({"record": name, **json.loads(line)})
+            rows.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"{path} line {number} is not a JSON object ({error}); measure again"

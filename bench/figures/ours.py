@@ -1,0 +1,56 @@
+"""What the figures need of our records: observed numbers, measurements, width points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.claims_ours import Observed, observe
+from bench.frames import slot_rows
+from bench.store import RunRecord, read_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """Records with their numbers; `slots` maps a record's name to its width points (dicts)."""
+
+    records: tuple[RunRecord, ...]
+    observed: tuple[Observed, ...]
+    slots: dict[str, list[dict[str, Any]]]
+
+    def pairs(self, task: str, x: str, y: str) -> list[tuple[Observed, float, float]]:
+        """Per record and decoder, the numbers (x, y) of a task where both metrics are there.
+
+        AR is its own reference: its speedup is 1 by definition.
+        """
+        found: dict[tuple[str, str], dict[str, Observed]] = {}
+        for item in self.observed:
+            if item.task == task:
+                found.setdefault((item.record, item.label), {})[item.metric] = item
+        points = []
+        for cells in found.values():
+            if y not in cells:
+                continue
+            first = cells[y]
+            if x in cells:
+                points.append((first, cells[x].value, first.value))
+            elif x == "speedup" and first.decoder == "ar":
+                points.append((first, 1.0, first.value))
+        return points
+
+
+def gather(folders: Sequence[Path]) -> Ours:
+    """Read record folders; none is allowed and gives figures of the paper alone."""
+    records = [(folder, read_record(folder)) for folder in folders]
+    return Ours(
+        records=tuple(record for _, record in records),
+        observed=tuple(item for _, record in records for item in observe(record)),
+        slots={record.name: rows for folder, record in records if (rows := slot_rows(folder))},
+    )
+
+
+def name_of(item: Observed) -> str:
+    """Legend text of one of our decoders: label, weights and tier."""
+    return f"ours: {item.label} ({item.weights}, {item.tier})"
