@@ -86,7 +86,7 @@ def is_program(text: str) -> bool:
     """Whether a text parses as Python and does something: defines, imports, assigns or loops."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of the text, such as a stray "\d"
+            warnings.simplefilter("ignore")  # they are about the text, such as a stray "\d"
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):  # ValueError: NUL bytes
         return False

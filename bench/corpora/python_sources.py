@@ -129,18 +129,21 @@ def _chosen(names: Sequence[str] | None) -> list[Package]:
     stdlib = Package(
         name=STDLIB, version=platform.python_version(), licence="PSF-2.0", said="of CPython"
     )
-    there = {package.name: package for package in installed_packages()} | {STDLIB: stdlib}
     if names is None:
-        return [package for package in there.values() if package.licence]
+        return [stdlib, *(package for package in installed_packages() if package.licence)]
     chosen = []
     for name in map(_normal, names):
-        if name not in there:
-            raise UserError(f"package {name!r} is not installed: install it or leave it out")
-        if there[name].licence is None:
+        try:
+            package = stdlib if name == STDLIB else _package(name, metadata.distribution(name))
+        except metadata.PackageNotFoundError as error:
             raise UserError(
-                f"package {name!r} is not taken: {there[name].said}; leave it out of the corpus"
+                f"package {name!r} is not installed: install it or leave it out"
+            ) from error
+        if package.licence is None:
+            raise UserError(
+                f"package {name!r} is not taken: {package.said}; leave it out of the corpus"
             )
-        chosen.append(there[name])
+        chosen.append(package)
     return chosen
 
 
@@ -174,10 +177,14 @@ def _members(package: str) -> Iterator[tuple[str, Path]]:
     """(posix name, path) of a package's Python files."""
     if package == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        for path in root.rglob("*.py"):
-            name = path.relative_to(root)
-            if name.parts[0] not in ("site-packages", "dist-packages"):
-                yield name.as_posix(), path
+        for entry in root.iterdir():
+            if entry.name not in ("site-packages", "dist-packages"):
+                files = entry.rglob("*.py") if entry.is_dir() else [entry]
+                yield from (
+                    (path.relative_to(root).as_posix(), path)
+                    for path in files
+                    if path.suffix == ".py"
+                )
         return
     for file in metadata.distribution(package).files or ():
         if file.suffix == ".py" and ".." not in file.parts:
