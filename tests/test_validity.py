@@ -17,6 +17,7 @@ from made_records import header, row
 from bench import tables, validity
 from bench.records import Measurement, ScoreRecord
 from bench.store import TELEMETRY, RunRecord, RunStore, read_record
+from bench.telemetry.summary import DESCRIBED
 from bench.validity import COUNTS, ENERGY, FLAGS, SCORE, SPEED, Flag, Marks, flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -269,3 +270,10 @@ def test_reading_flags_needs_no_torch() -> None:
     code = "import sys, bench.validity\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_every_flag_and_counter_is_documented() -> None:
+    page = (ROOT / "docs" / "telemetry.md").read_text(encoding="utf-8")
+    assert not [name for name in (*FLAGS, *DESCRIBED, *validity.WATCHED) if f"`{name}`" not in page]
+    kinds = {SPEED, ENERGY, SCORE, COUNTS}
+    assert not [kind for kind in kinds if f"**{kind}**" not in page]
