@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +32,7 @@ from tidar_ref.errors import UserError
 from tidar_ref.sampling import leading_matches
 
 ROOT = Path(__file__).resolve().parents[1]
+PERF = ROOT / "tests" / "perf"
 SETTINGS = {"device": "cpu", "threads": 1, "words": ["tidar:block_len=4"]}
 K8 = ["tidar:block_len=8"]
 
@@ -263,3 +267,53 @@ def test_make_regress_sees_a_change_in_a_checkout(tmp_path: Path) -> None:
     assert "decode_forwards" in changed.stdout and "REGRESSION" in changed.stdout
     assert "local changes" in changed.stdout
     assert git(clone, "worktree", "list").count("\n") == 1
+
+
+# --- the pytest-benchmark suite in tests/perf/
+
+
+def test_machine_info_names_gpu_driver_and_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a made-up NVML: the GPU is asked for by UUID, and a refused counter is None."""
+    import pynvml
+
+    spec = importlib.util.spec_from_file_location("perf_conftest", PERF / "conftest.py")
+    assert spec and spec.loader
+    perf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(perf)
+
+    def refuse(handle: Any) -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    fake = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetHandleByUUID": lambda uuid: {"GPU-abc": "handle"}[uuid],
+        "nvmlSystemGetDriverVersion": lambda: "580.1",
+        "nvmlDeviceGetClockInfo": lambda handle, kind: {1: 1500, 2: 2600}[kind],
+        "nvmlDeviceGetMaxClockInfo": lambda handle, kind: {1: 1980, 2: 2619}[kind],
+        "nvmlDeviceGetEnforcedPowerLimit": refuse,
+    }
+    for name, call in fake.items():
+        monkeypatch.setattr(pynvml, name, call)
+    properties = SimpleNamespace(name="H100", uuid="abc")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert perf.gpu() == {
+        "name": "H100", "driver": "580.1", "sm_mhz": 1500, "sm_max_mhz": 1980,
+        "memory_mhz": 2600, "memory_max_mhz": 2619, "power_limit_w": None,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_perf_suite_runs_and_describes_the_machine(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    words = ["-q", "-m", "perf", "--benchmark-max-time=0.01", f"--benchmark-json={file}"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words, str(PERF)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    values = json.loads(file.read_text())
+    names = {entry["name"] for entry in values["benchmarks"]}
+    assert {"test_step[ar]", "test_step[tidar]", "test_decode_mask[8]"} <= names
+    info = values["machine_info"]
+    assert info["tidar_bench"]["versions"]["torch"] and "cpu_clock_mhz" in info and "gpu" in info
+    steps = {e["name"]: e["extra_info"] for e in values["benchmarks"] if "step" in e["name"]}
+    assert steps["test_step[ar]"] == {"query_width": 1, "forwards": 1}
