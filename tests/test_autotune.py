@@ -67,7 +67,7 @@ class SyntheticBackbone:
         return hidden.clone()
 
 
-def simulated(decoder: Decoder, count: int = 6000) -> tuple[float, tuple[int, ...]]:
+def simulated(decoder: Decoder, count: int = 3000) -> tuple[float, tuple[int, ...]]:
     """(tokens per step, histogram) of a real decoder on the synthetic network."""
     [trace] = generate(decoder, [[0, 1, 2]], max_new_tokens=count)
     assert all(token == (3 + i) % 7 for i, token in enumerate(trace.token_ids))
@@ -88,8 +88,13 @@ def one_thread() -> None:
 # --- the model of acceptance -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("c", [FALLING, UNEVEN])
-@pytest.mark.parametrize("outcomes", [None, "1", "8", "1-4-8", "3-6", "2-5"])
+@pytest.mark.parametrize(
+    ("c", "outcomes"),
+    [
+        *((FALLING, chosen) for chosen in (None, "1", "1-4-8", "2-5")),
+        *((UNEVEN, chosen) for chosen in (None, "8", "3-6")),
+    ],
+)
 def test_tokens_per_step_equal_a_simulation(c: tuple[float, ...], outcomes: str | None) -> None:
     """Within 4 % for some thousand steps of the decoder itself, short drafts included."""
     got, _ = simulated(tidar_on(c, 8, outcomes))
@@ -106,7 +111,7 @@ def test_two_forwards_commit_what_dense_commits() -> None:
 
 
 def test_hazards_are_read_back_from_a_dense_run() -> None:
-    _, histogram = simulated(tidar_on(FALLING, 8, None), 12000)
+    _, histogram = simulated(tidar_on(FALLING, 8, None), 8000)
     assert hazards(histogram, 8) == pytest.approx(FALLING, abs=0.05)
 
 
