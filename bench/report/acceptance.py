@@ -13,8 +13,8 @@ from bench.report.sections import Source, rows_of
 def acceptance(sources: Sequence[Source]) -> Section:
     """Histogram and per-position acceptance of every record whose counts mean something."""
     parts: list[Part] = [
-        "Counts are exact: they come from the step ledger, not from a clock. A draft token behind a "
-        "wrong one counts as drafted and not accepted, so acceptance by position can only fall."
+        "Counts are exact: they come from the step ledger, not from a clock. A draft token behind "
+        "a wrong one counts as drafted and not accepted, so acceptance by position can only fall."
     ]
     for source in sources:
         drafting = [
@@ -43,7 +43,7 @@ def _histogram(source: Source, labels: Sequence[str]) -> Figure:
     ]
     caption = f"Steps by the number of tokens they made final, {source.record.name}"
     means = ", ".join(
-        f"{label} {metrics.acceptance_length(rows_of(source.record, label)):.2f}"
+        f"{metrics.acceptance_length(rows_of(source.record, label)):.2f} by `{label}`"
         for label in labels
     )
     body = [
@@ -87,6 +87,6 @@ def _by_position(source: Source, labels: Sequence[str]) -> Figure:
     caption = f"Drafts accepted by their place in the draft, {source.record.name}"
     return Figure(
         caption=f"{caption}. Place 1 is the first token that is checked.",
-        svg=points(series, x="place in the draft", y="accepted, %", alt=caption),
+        svg=points(series, x="place in the draft", y="accepted, %", places=width, alt=caption),
         numbers=table(("place", *labels), body),
     )

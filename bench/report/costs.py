@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
+from html import escape
 
+from bench import validity
 from bench.report.markup import Figure, Part, Section, table
 from bench.report.plots import Point, Series, points
-from bench.report.sections import Source, rows_of
+from bench.report.sections import Source, lettered, rows_of
 from bench.store import read_steps
 from bench.tables import REFERENCE, TableRow, table_rows
-
-TELEMETRY = "telemetry.jsonl"
+from bench.telemetry import cells
 
 
 def quality(sources: Sequence[Source]) -> Section:
@@ -29,6 +32,7 @@ def quality(sources: Sequence[Source]) -> Section:
                     parts.append(_quality(source, task, mine))
     if len(parts) == 1:
         parts.append("No record here holds both a score and a speedup.")
+    parts.append(paper_figure("figure4", "Figure 4", sources))
     return Section(id="quality", title="Quality against speed", parts=parts)
 
 
@@ -63,45 +67,75 @@ def _times(low: float | None, high: float | None, scale: float) -> tuple[float, 
 
 
 def widths(sources: Sequence[Source]) -> Section:
-    """Step time over query width: each decoder's operating point, per record."""
+    """Step time over query width: operating points, and the curve where a record holds one."""
     parts: list[Part] = [
         "A wider forward carries more query tokens: `ar` sends 1, dense `tidar` K(K+1). Where the "
         "time hardly grows, the extra tokens are free, and that is what TiDAR lives on; where it "
-        "grows with the width, a step must commit that many more tokens to pay for itself. Step "
-        "times hold the host's share and grow with the length of the text; a record without a "
-        "width curve of its own has the decoders' operating points only."
+        "grows with the width, a step must commit that many more tokens to pay for itself. The "
+        "decoders' own step times stand on the figure as points; they hold the host's share and "
+        "a growing text, so they may lie above a bare forward."
     ]
     for source in sources:
-        figure = _operating_points(source)
+        figure = _widths(source)
         if figure:
             parts.append(figure)
+    parts.append(paper_figure("figure1", "Figure 1", sources))
     return Section(id="widths", title="Step time by query width", parts=parts)
 
 
-def _operating_points(source: Source) -> Figure | None:
-    record = source.record
+def _widths(source: Source) -> Figure | None:
+    record, header = source.record, source.record.header
+    curves, curve_rows = _curves(source)
+    operating, rows = _operating_points(source)
+    if not curves and not operating:
+        return None
+    caption = f"Step time by query width, {record.name}"
+    where = header.environment.get("gpu") or header.environment.get("cpu")
+    numbers = table(("decoder", "query width", "ms per step", "AR steps"), rows)
+    if curve_rows:
+        numbers += "\n\nTable: width curve\n\n" + table(("KV length", "width", "ms"), curve_rows)
+    missing = "" if curves else " The record holds no width curve, only the operating points."
+    return Figure(
+        caption=f"{caption}. {header.weights['name']}, {header.dtype}, {where}.{missing}",
+        svg=points(
+            [*operating, *curves], x="query tokens in a forward (log scale)", y="ms",
+            x_log2=True, alt=caption,
+        ),
+        numbers=numbers,
+    )  # fmt: skip
+
+
+def _curves(source: Source) -> tuple[list[Series], list[tuple[str, ...]]]:
+    """One joined series per KV length of the record's width points: whole forwards at batch 1."""
+    from bench.frames import slot_rows
+
+    found: dict[int, list[Point]] = {}
+    for row in slot_rows(source.folder):
+        whole = row.get("part", "total") == "total" and row.get("batch", 1) == 1
+        if whole and row.get("median_s") is not None:
+            point = Point(x=row["width"], y=1000 * row["median_s"])
+            found.setdefault(row.get("kv_len") or 0, []).append(point)
+    series, body = [], []
+    for kv_len, spots in sorted(found.items()):
+        spots.sort(key=lambda point: point.x)
+        series.append(Series(name=f"forward, KV {kv_len}", joined=True, points=spots))
+        body += [(str(kv_len), f"{p.x:g}", f"{p.y:.2f}") for p in spots]
+    return series, body
+
+
+def _operating_points(source: Source) -> tuple[list[Series], list[tuple[str, ...]]]:
+    """Each decoder's mean query width and step time."""
     used = _mean_widths(source)
     series, body = [], []
     reference = step_ms(source, REFERENCE)
-    for decoder in record.header.decoders:
+    for decoder in source.record.header.decoders:
         mean, width = step_ms(source, decoder), used.get(decoder)
         if mean is None or not width:
             continue
         series.append(Series(name=decoder, points=[Point(x=width, y=mean)]))
         ratio = f"{mean / reference:.2f}" if reference and decoder != REFERENCE else ""
         body.append((decoder, f"{width:g}", f"{mean:.1f}", ratio))
-    if not series:
-        return None
-    caption = f"Mean step time by query width, {record.name}"
-    header = record.header
-    where = header.environment.get("gpu") or header.environment.get("cpu")
-    return Figure(
-        caption=f"{caption}. {header.weights['name']}, {header.dtype}, {where}.",
-        svg=points(
-            series, x="query tokens in a step (log scale)", y="ms per step", x_log2=True, alt=caption
-        ),
-        numbers=table(("decoder", "query width", "ms per step", "AR steps"), body),
-    )
+    return series, body
 
 
 def step_ms(source: Source, decoder: str) -> float | None:
@@ -133,10 +167,36 @@ def utilisation(sources: Sequence[Source]) -> Section:
 
 
 def _telemetry(source: Source) -> str:
-    path = source.folder / TELEMETRY
-    if not path.exists():
-        return (
-            f"Not measured: this record has no `{TELEMETRY}`. It comes from a version without "
-            "telemetry, or the run was told not to watch."
-        )
-    return ""
+    record = source.record
+    run = validity.telemetry_of(record)
+    marks = validity.Marks(validity.flags_of(record, run))
+    body = cells.device_body(record, run, marks)
+    if not body:
+        why = "; ".join(f"{name}: {reason}" for name, reason in run.absent.items())
+        return f"Not measured: {why or 'no telemetry was recorded with this run'}."
+    notes = "\n".join(lettered(marks))
+    return f"{table(cells.HEAD, body)}\n\n{notes}\n\n{cells.remarks(run)}"
+
+
+def paper_figure(name: str, source: str, sources: Sequence[Source]) -> Figure:
+    """One of the paper's figures with ours beside, as `bench figures` draws it."""
+    from bench import figures
+    from bench.claims import load_claims
+    from bench.figures.style import save
+
+    out = io.BytesIO()
+    save(figures.draw(name, figures.gather([s.folder for s in sources])), out, "svg")
+    drawn = base64.b64encode(out.getvalue()).decode()
+    caption = f"The paper's {source}, with ours where these records hold the quantity"
+    body = [
+        (c.system, c.task, c.setting.replace(";", " "), c.metric, f"{c.value:g} {c.unit}")
+        for c in load_claims()
+        if c.source == source
+    ]
+    head = ("system", "task", "setting", "metric", "paper")
+    return Figure(
+        caption=f"{caption}. The paper's points are listed below, ours in the tables of this page.",
+        # An image and not inline: the identifiers of two drawings must not meet.
+        svg=f'<img class="paper" alt="{escape(caption)}" src="data:image/svg+xml;base64,{drawn}">',
+        numbers=table(head, body),
+    )

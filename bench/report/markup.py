@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 _INLINE = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|\[([^\]]+)\]\(([^)\s]+)\)")
+CAPTION = "Table: "
 _NUMBER = re.compile(r"-?[\d.]+( ?%|x| ms| s)?( \[.*\])?( of \d+)?|-?")
 
 
@@ -78,18 +79,20 @@ def inline(text: str) -> str:
 
 
 def to_html(text: str, *, title: str, level: int = 2) -> str:
-    """Markdown as HTML. `title` names tables that follow no heading of their own; `level` is the
-    level of the heading above: the text's highest heading becomes the next one."""
+    """Markdown as HTML. A table's caption is the line "Table: ..." before it, else the heading
+    above, else `title`. The text's highest heading comes one below `level`."""
     marks = [len(line.split(" ")[0]) for line in text.splitlines() if re.match(r"#+ ", line)]
     shift = level + 1 - min(marks, default=level + 1)
     out = []
+    caption = ""
     for kind, lines in _groups(text):
         if kind == "heading":
             mark, _, title = lines[0].partition(" ")
             depth = min(6, len(mark) + shift)
             out.append(f"<h{depth}>{inline(title)}</h{depth}>")
         elif kind == "table":
-            out.append(_table(lines, title))
+            out.append(_table(lines, caption or title))
+            caption = ""
         elif kind == "bullets":
             items = "".join(f"<li>{inline(line[2:])}</li>" for line in lines)
             out.append(f"<ul>{items}</ul>")
@@ -97,6 +100,8 @@ def to_html(text: str, *, title: str, level: int = 2) -> str:
             out.append(
                 '<pre tabindex="0"><code>' + escape("\n".join(lines[1:])) + "</code></pre>"
             )
+        elif kind == "caption":
+            caption = lines[0].removeprefix(CAPTION)
         else:
             out.append(f"<p>{inline(' '.join(lines))}</p>")
     return "\n".join(out)
@@ -130,7 +135,7 @@ def _kind(line: str) -> str:
         return ""
     if re.match(r"#+ ", line):
         return "heading"
-    for mark, kind in (("|", "table"), ("- ", "bullets"), ("```", "fence")):
+    for mark, kind in (("|", "table"), ("- ", "bullets"), ("```", "fence"), (CAPTION, "caption")):
         if line.startswith(mark):
             return kind
     return "text"
@@ -150,16 +155,21 @@ def _table(lines: list[str], caption: str) -> str:
         columns_left = "".join(
             f'<td class="number">{inline(cell)}</td>'
             if _NUMBER.fullmatch(cell)
-            else f"<td>{inline(cell)}</td>"
+            else f"<td>{_breakable(cell)}</td>"
             for cell in rest
         )
-        rows.append(f'<tr><th scope="row">{inline(first)}</th>{columns_left}</tr>')
+        rows.append(f'<tr><th scope="row">{_breakable(first)}</th>{columns_left}</tr>')
     label = escape(re.sub(r"[`*]", "", caption))
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {label}">'
         f"<table><caption>{inline(caption)}</caption><thead><tr>{columns}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _breakable(cell: str) -> str:
+    """A cell in which long labels (`tidar:block_len=4,beta=1`, a_b_c) may break at their marks."""
+    return re.sub(r"(?<=\w)([,:_/])(?=\w)(?![^<]*>)", r"\1<wbr>", inline(cell))
 
 
 def part_html(part: Part, *, title: str) -> str:

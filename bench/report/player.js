@@ -96,7 +96,7 @@
     box.hidden = !outcomes.length;
     outcomes.forEach((outcome, i) => {
       const row = make("div", "block" + (i === chosen ? " chosen" : ""));
-      row.append(make("span", "if", "if " + outcome + " final"));
+      row.append(make("span", "if", "if " + outcome + (outcome === 1 ? " becomes final" : " become final")));
       const cells = make("span", "cells");
       for (let j = 0; j < k; j++) cells.append(make("i"));
       row.append(cells, make("span", "fate", i === chosen ? "← happened" : "thrown away"));
@@ -114,6 +114,7 @@
     else if (!following.n) says = "No draft for the next step.";
     else if (!following.d) says = "Draft for the next step: " + count(following.n, "token") + " (this record keeps their number, not the tokens).";
     else for (const token of following.d) list.append(chip("guess", visible(token), "guess"));
+    if (list.children.length) list.prepend(chip("past", visible(step.c[step.c.length - 1]), "final already"));
     el("next-says").textContent = says;
   }
 
@@ -210,7 +211,7 @@
     // A screen reader is not to read every step of a running player.
     el("said").setAttribute("aria-live", "off");
     el("play").setAttribute("aria-pressed", "true");
-    el("play").innerHTML = '<span aria-hidden="true">⏸</span> pause';
+    el("play").innerHTML = '<span aria-hidden="true">‖</span> pause';
     timer = setInterval(() => {
       if (at >= run.steps.length - 1) return pause();
       go(at + 1);

@@ -23,10 +23,11 @@ PROBLEMS_PER_TASK = 4  # each problem adds every decoder's steps to the page
 STORY_STEPS = 8
 HALF = "\ufffd"
 
-HOW_TO_READ = """TiDAR's network does two jobs in one forward. It **checks** the tokens it guessed a step ago: each
-guess must be the very token the network would now write itself. And it **guesses** the next tokens, once
-for every way the check can end, so that the right guesses are ready whatever is kept. Several tokens can
-become final in one forward; ordinary decoding (`ar`) makes one final per forward."""
+HOW_TO_READ = """TiDAR's network does two jobs in one forward. It **checks** the tokens it guessed a
+step ago: each guess must be the very token the network would now write itself. And it **guesses**
+the next tokens, once for every way the check can end, so that the right guesses are ready whatever
+is kept. Several tokens can become final in one forward; ordinary decoding (`ar`) makes one final
+per forward."""
 
 
 @dataclass(frozen=True, kw_only=True)

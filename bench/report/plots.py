@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 46
+WIDTH, HEIGHT = 440, 260
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 42
 SERIES_STYLES = 6
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 3", "12 4")
 
@@ -69,21 +69,27 @@ def bars(labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], *
     return _svg(parts, [name for name, _ in series], alt, square=True)
 
 
-def points(series: Sequence[Series], *, x: str, y: str, alt: str, x_zero: bool = True,
-           y_zero: bool = True, x_log2: bool = False) -> str:  # fmt: skip
-    """Points, with error bars where given and lines where joined. Axes start at zero if asked."""
+def points(series: Sequence[Series], *, x: str, y: str, alt: str, x_log2: bool = False,
+           places: int = 0) -> str:  # fmt: skip
+    """Points, with error bars where given and lines where joined. Axes start at zero.
+
+    x_log2: doubling is one step to the right. places: x is a place 1..places and not a quantity.
+    """
 
     def at(value: float) -> float:
         return math.log2(value) if x_log2 else value
 
     every = [point for one in series for point in one.points]
-    xs = [at(v) for p in every for v in (p.x, *(p.x_range or ()))] + [0.0] * (x_zero or x_log2)
-    ys = [v for p in every for v in (p.y, *(p.y_range or ()))] + [0.0] * y_zero
+    xs = [at(v) for p in every for v in (p.x, *(p.x_range or ()))] + [0.0]
+    ys = [v for p in every for v in (p.y, *(p.y_range or ()))] + [0.0]
     x_marks = ticks(min(xs), max(xs))
     if x_log2:
         x_marks = [float(i) for i in range(math.ceil(max(xs)) + 1)]
+    if places:
+        x_marks = [float(place) for place in range(1, places + 1)]
     y_marks = ticks(min(ys), max(ys))
-    frame = _Frame(x_marks[0], x_marks[-1], y_marks[0], y_marks[-1])
+    edge = 0.5 if places else 0.0
+    frame = _Frame(x_marks[0] - edge, x_marks[-1] + edge, y_marks[0], y_marks[-1])
     parts = [frame.y_axis(y_marks, y), frame.x_title(x)]
     parts += [frame.x_label(m, _plain(2**m if x_log2 else m), tick=True) for m in x_marks]
     for index, one in enumerate(series):

@@ -7,15 +7,21 @@ One record is one experiment on one weights tier: every table has rows of a sing
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench import metrics
 from bench.records import Measurement
-from bench.report.markup import Folded, Section, table
+from bench.report.markup import CAPTION, Folded, Part, Section, table
 from bench.store import MEASUREMENTS, SCORES, STEPS, RunRecord, planned_keys
 from bench.tables import REFERENCE, TIER_LABELS, to_markdown
+from bench.telemetry.summary import Cell
+from bench.validity import COUNTS, SPEED, Flag, Marks, flags_of, spoilers
+
+if TYPE_CHECKING:
+    from bench.claims_verdict import Judged
 
 SHOWS = {
     "random": (
@@ -76,7 +82,8 @@ def headline(sources: Sequence[Source]) -> Section:
         "the same weights on the same machine."
     ]
     for source in sorted(sources, key=lambda s: not s.scored):
-        parts += [_what_ran(source), _headline_table(source)]
+        marks = Marks(flags_of(source.record))
+        parts.append(f"{_what_ran(source, marks)}\n\n{_headline_table(source, marks)}")
     return Section(id="headline", title="In short", parts=parts)
 
 
@@ -94,7 +101,7 @@ def _claimed() -> str:
     return f"Its authors claim {words} the tokens per second of ordinary decoding, at its quality."
 
 
-def _what_ran(source: Source) -> str:
+def _what_ran(source: Source, marks: Marks) -> str:
     header = source.record.header
     env, weights = header.environment, header.weights
     machine = env.get("gpu") or f"{env.get('cpu')}, {env.get('threads')} threads"
@@ -109,13 +116,18 @@ def _what_ran(source: Source) -> str:
         f"- **Weights:** {weights['name']} ({TIER_LABELS[source.tier]})",
         f"- **It shows** {shows}",
         f"- **It does not show** {hides}",
-        *[f"- {sentence}" for sentence in verdicts(source)],
+        *[f"- {sentence}" for sentence in verdicts(source, marks.flags)],
     ]
     return "\n".join(lines)
 
 
-def verdicts(source: Source) -> list[str]:
-    """One sentence for each decoder against `ar`, decided by the interval alone."""
+def lettered(marks: Marks) -> list[str]:
+    """The notes of the letters that were put on numbers."""
+    return [line for line in marks.notes() if line.startswith("- (")]
+
+
+def verdicts(source: Source, flags: Mapping[Cell, Sequence[Flag]]) -> list[str]:
+    """One sentence for each decoder against `ar`: the interval decides, a flag forbids it."""
     record = source.record
     reference = rows_of(record, REFERENCE)
     if not source.scored or not reference:
@@ -125,7 +137,11 @@ def verdicts(source: Source) -> list[str]:
         faster = metrics.speedup(rows_of(record, decoder), reference)
         if decoder == REFERENCE or faster is None:
             continue
-        if faster.low is None or faster.high is None:
+        both = [(name, task) for name in (decoder, REFERENCE) for task in record.header.problems]
+        spoiled = spoilers((SPEED, COUNTS), both, flags)
+        if spoiled:
+            word = f"not compared ({', '.join(spoiled)}, see Validity)"
+        elif faster.low is None or faster.high is None:
             word = "no interval from one problem, so no verdict"
         elif faster.low > 1:
             word = "**faster than ar**"
@@ -137,42 +153,48 @@ def verdicts(source: Source) -> list[str]:
     return said
 
 
-def _headline_table(source: Source) -> str:
+def _headline_table(source: Source, marks: Marks) -> str:
     record = source.record
     reference = rows_of(record, REFERENCE)
+    caption = f"{CAPTION}{record.name}, all tasks together"
     body = []
     for decoder in record.header.decoders:
-        mine = rows_of(record, decoder)
-        forwards = sum(row.decode_forwards for row in mine)
-        step = f"{1000 * sum(row.decode_s for row in mine) / forwards:.1f}" if forwards else ""
+        rows = rows_of(record, decoder)
+        mine = [(decoder, task) for task in record.header.problems]
+        both = [*mine, *((REFERENCE, task) for task in record.header.problems)]
+        forwards = sum(row.decode_forwards for row in rows)
+        step = f"{1000 * sum(row.decode_s for row in rows) / forwards:.1f}" if forwards else ""
+        step = marks.mark(step, (SPEED,), *mine)
         if not source.scored:
-            body.append((decoder, str(len(mine)), step))
+            body.append((decoder, str(len(rows)), step))
             continue
-        faster = None if decoder == REFERENCE else metrics.speedup(mine, reference)
-        equal, compared = metrics.equal_outputs(mine, reference)
+        faster = None if decoder == REFERENCE else metrics.speedup(rows, reference)
+        equal, compared = metrics.equal_outputs(rows, reference)
         body.append(
             (
                 decoder,
-                str(len(mine)),
-                _number(metrics.tokens_per_nfe(mine)),
-                _share(metrics.acceptance_rate(mine)),
+                str(len(rows)),
+                marks.mark(_number(metrics.tokens_per_nfe(rows)), (COUNTS,), *mine),
+                marks.mark(_share(metrics.acceptance_rate(rows)), (COUNTS,), *mine),
                 step,
-                _interval(faster) if faster else "",
+                marks.mark(_interval(faster) if faster else "", (SPEED, COUNTS), *both),
                 "" if decoder == REFERENCE or not compared else f"{equal} of {compared}",
             )
         )
     if not source.scored:
-        return table(("decoder", "generations", "ms per step"), body)
-    head = (
-        "decoder",
-        "generations",
-        "tokens per forward (T/NFE)",
-        "drafts accepted",
-        "ms per step",
-        "speedup over ar",
-        "outputs equal to ar's",
-    )
-    return table(head, body) + "\n\nAll tasks of the record together; brackets are 95 % intervals."
+        made = f"{caption}\n\n" + table(("decoder", "generations", "ms per step"), body)
+    else:
+        head = (
+            "decoder",
+            "generations",
+            "tokens per forward (T/NFE)",
+            "drafts accepted",
+            "ms per step",
+            "speedup over ar",
+            "outputs equal to ar's",
+        )
+        made = f"{caption}; brackets are 95 % intervals\n\n{table(head, body)}"
+    return "\n\n".join([made, "\n".join(lettered(marks))])
 
 
 def results(sources: Sequence[Source]) -> Section:
@@ -180,9 +202,15 @@ def results(sources: Sequence[Source]) -> Section:
     return Section(
         id="results",
         title="Results",
-        parts=[to_markdown(source.record) for source in sources if source.scored]
+        parts=[_tables(source) for source in sources if source.scored]
         or ["No record here has weights whose scores and counts mean anything."],
     )
+
+
+def _tables(source: Source) -> str:
+    """The record's page of tables, less the device's, which has a section of its own."""
+    chunks = to_markdown(source.record).split("\n## ")
+    return "\n## ".join(chunk for chunk in chunks if not chunk.startswith("Device\n"))
 
 
 def step_costs(sources: Sequence[Source]) -> Section | None:
@@ -197,26 +225,48 @@ def step_costs(sources: Sequence[Source]) -> Section | None:
     return Section(
         id="step-costs",
         title="Step costs on random weights",
-        parts=[say, *(to_markdown(source.record) for source in random)],
+        parts=[say, *map(_tables, random)],
     )
 
 
 def validity(sources: Sequence[Source]) -> Section:
-    """What limits each record: what a reader must know before quoting a number of it."""
-    parts = [
-        f"### {source.record.name}\n\n" + "\n".join(f"- {line}" for line in _limits(source))
-        for source in sources
+    """What speaks against a number: the flags of every cell, and the limits of each run."""
+    parts: list[Part] = [
+        "A flag that spoils a number marks it with a letter wherever it is shown, and it is "
+        "not compared. A flag that spoils nothing is a statement. Words: `docs/telemetry.md`."
     ]
-    return Section(id="validity", title="Validity", parts=list(parts))
+    for source in sources:
+        found: dict[Flag, list[Cell]] = {}
+        flags = flags_of(source.record)
+        for cell, mine in flags.items():
+            for flag in mine:
+                found.setdefault(flag, []).append(cell)
+        body = [
+            (
+                flag.name,
+                flag.reason,
+                ", ".join(flag.spoils) or "nothing",
+                "all cells"
+                if len(cells) == len(flags)
+                else ", ".join(f"{decoder} on {task}" for decoder, task in cells),
+            )
+            for flag, cells in found.items()
+        ]
+        made = table(("flag", "says", "spoils", "where"), body) if body else "No flag."
+        limits = "\n".join(f"- {line}" for line in _limits(source))
+        parts.append(f"### {source.record.name}\n\n{made}\n\n{limits}")
+    return Section(id="validity", title="Validity", parts=parts)
 
 
 def _limits(source: Source) -> list[str]:
+    """What the flags do not say and a reader must know."""
     header, rows = source.record.header, source.record.measurements
-    planned, cut = len(planned_keys(header)), sum(row.finish == "length" for row in rows)
-    lines = [f"few problems: {len(ids)} of {task}" for task, ids in header.problems.items()
-             if len(ids) < FEW_PROBLEMS]  # fmt: skip
-    if len(rows) < planned:
-        lines.append(f"unfinished: {len(rows)} of {planned} generations")
+    cut = sum(row.finish == "length" for row in rows)
+    lines = [
+        f"few problems: {len(ids)} of {task}"
+        for task, ids in header.problems.items()
+        if len(ids) < FEW_PROBLEMS
+    ]
     if header.dirty:
         lines.append("the code had local changes")
     if cut:
@@ -304,38 +354,46 @@ def claims(sources: Sequence[Source]) -> Section:
     observed = [item for source in sources for item in observe(source.record)]
     judged = verdict.judge_all(load_claims(), observed)
     tally = verdict.counts(judged)
-    parts = [
-        "Each number of the paper, of its project page and of published rivals, judged against "
-        "the records of this report. " + ", ".join(f"{n} {name}" for name, n in tally.items()) + ".",
-        table(("verdict", "cells", "meaning"), [
-            (name, str(tally[name]), MEANINGS[name]) for name in verdict.VERDICTS
-        ]),
-    ]  # fmt: skip
-    beside = [item for item in judged if item.ours is not None]
+    verdicts = [(name, str(tally[name]), MEANINGS[name]) for name in verdict.VERDICTS]
+    parts: list[Part] = [
+        f"All {tally['cells']} numbers of the paper, of its project page and of published rivals, "
+        f"judged against the records of this report: {tally['with ours beside']} have a number of "
+        f"ours beside, {tally['with verdict']} could be judged, {tally['open']} are open.",
+        f"{CAPTION}claims by verdict\n\n{table(('verdict', 'cells', 'meaning'), verdicts)}",
+    ]
+    settled = (verdict.REPRODUCED, verdict.OFF, verdict.PREDICTED)
+    judged_rows = [_claim(item) for item in judged if item.verdict in settled]
+    beside = [_claim(i) for i in judged if i.ours is not None and i.verdict not in settled]
+    if judged_rows:
+        parts.append(f"### Judged\n\n{table(CLAIM_HEAD, judged_rows)}")
     if beside:
-        body = [
-            (
-                f"{i.claim.source}: {i.claim.system}",
-                i.claim.task,
-                i.claim.metric,
-                f"{i.claim.value:g} {i.claim.unit}",
-                f"{i.ours:.4g}" + (f" [{i.low:.3g}, {i.high:.3g}]" if i.high is not None else ""),
-                f"{i.weights}, {i.label}, n={i.n}",
-                i.verdict,
-                i.reason,
-            )
-            for i in beside
-        ]
-        head = ("claim", "task", "metric", "claimed", "ours", "ours is", "verdict", "why")
-        parts += ["### Claims with a number of ours beside", table(head, body)]
+        title = f"Not judged, with a number of ours beside ({len(beside)} claims)"
+        parts.append(Folded(title=title, markdown=table(CLAIM_HEAD, beside)))
     whole = verdict.to_markdown(judged, load_findings(), load_properties())
-    parts.append("### All claims")
+    parts.append("### Every claim, by source")
     for chunk in whole.split("\n## ")[1:]:
-        title, _, text = chunk.partition("\n")
-        parts.append(Folded(title=title, markdown=text.strip()))
+        name, _, text = chunk.partition("\n")
+        parts.append(Folded(title=name, markdown=text.strip()))
     return Section(id="claims", title="Claims against measurements", parts=parts)
 
 
+def _claim(item: Judged) -> tuple[str, ...]:
+    claim, ours = item.claim, "" if item.ours is None else f"{round(item.ours, 4):.4g}"
+    if item.low is not None and item.high is not None:
+        ours += f" [{round(item.low, 4):.3g}, {round(item.high, 4):.3g}]"
+    return (
+        f"{claim.source}: {claim.system}",
+        claim.task,
+        claim.metric,
+        f"{claim.value:g} {claim.unit}",
+        ours,
+        f"{item.weights}, {item.label}, n={item.n}",
+        item.verdict,
+        item.reason,
+    )
+
+
+CLAIM_HEAD = ("claim", "task", "metric", "claimed", "ours", "ours is", "verdict", "why")
 MEANINGS = {
     "reproduced": "same weights and setting, ours within the tolerance",
     "off": "same weights and setting, ours outside the tolerance",
