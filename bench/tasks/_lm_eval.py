@@ -110,6 +110,23 @@ def score(
     return values
 
 
+def samples(task: str, rows: Sequence[Row], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """lm-eval's own sample dicts of `texts`, filtered but not graded: one per row and filter."""
+    queue = iter(texts)
+    return _evaluate(task, rows, lambda _: next(queue), predict_only=True)
+
+
+def describe(task: str, row: Row) -> tuple[dict[str, Any], Any]:
+    """lm-eval's configuration of a task and its version; `row` is any document of it."""
+    with our_code_eval(), _quiet():
+        loaded = task_manager(task).load(specs(task, [row]))["tasks"][task]
+    config = loaded.dump_config()
+    config.pop("custom_dataset", None)
+    # The rest of lm-eval's path says which file it was; the folder before it is this machine's.
+    source = str(config.get("metadata", {}).pop("config_source", ""))
+    return {**config, "config_source": source.rpartition("lm_eval/tasks/")[2]}, loaded.VERSION
+
+
 @contextlib.contextmanager
 def our_code_eval() -> Iterator[None]:
     """Answers `evaluate.load("code_eval")` with our scorer; other names go to the library."""
