@@ -262,6 +262,12 @@ def test_unlike_records_are_refused_by_field(
     assert field in capsys.readouterr().err
 
 
+def test_a_package_one_side_does_not_list_is_no_difference() -> None:
+    environment = regress().environment
+    more = {**environment, "versions": {**environment["versions"], "peft": None}}
+    assert not compared(regress(), regress(environment=more)).regressed
+
+
 def test_nothing_in_common_and_odd_tolerances_are_refused() -> None:
     with pytest.raises(UserError, match="share no decoder"):
         compared(regress(), regress(counters={"ar": {"q": COUNTS}}))

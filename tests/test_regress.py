@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from torch import Tensor
 import tidar_ref.tidar
 from bench import cli
 from bench import regress as measuring
-from bench.compare import interleaved, regress_record, sides, verdict
+from bench.compare import interleaved, regress_record, sides, verdict, writers
 from bench.compare.estimate import REGRESSION
 from bench.compare.regress_record import RegressRecord
 from bench.registry import decoder_names
@@ -267,6 +268,24 @@ def test_make_regress_sees_a_change_in_a_checkout(tmp_path: Path) -> None:
     assert "decode_forwards" in changed.stdout and "REGRESSION" in changed.stdout
     assert "local changes" in changed.stdout
     assert git(clone, "worktree", "list").count("\n") == 1
+
+
+def test_the_ready_workflow_calls_what_exists() -> None:
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / "docs" / "ci" / "regress.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    commands = "\n".join(step["run"] for step in steps if "run" in step)
+    assert "${{" not in commands  # what an event brings reaches the shell as a variable only
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"make ([a-z]+)", commands)) == {"setup", "regress"} <= set(targets)
+    [gate] = re.findall(r'make regress .*ARGS="([^"]*)"', commands)
+    args = cli.parser().parse_args(["regress", "--base", "HEAD", *gate.split()])
+    tools = {s["with"]["tool"]: s["with"]["output-file-path"] for s in steps if "benchmark" in
+             s.get("uses", "")}  # fmt: skip
+    assert tools == {
+        "customBiggerIsBetter": str(args.gab),
+        "customSmallerIsBetter": str(writers.smaller_path(args.gab)),
+    }
 
 
 # --- the pytest-benchmark suite in tests/perf/

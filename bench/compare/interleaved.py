@@ -150,7 +150,8 @@ def measure_pair(
                     turns[which].append(_turn(sides[which], label, process, 2 * block + index))
         base, head = (_with(record, own) for record, own in zip(records, turns, strict=True))
         say(f"processes {process + 1} of at most {most}: {len(turns[0])} turns a side")
-        if process + 1 >= fewest and enough(base, head):
+        decided = enough(base, head)  # asked every time: it refuses unlike sides at once
+        if decided and process + 1 >= fewest:
             break
     return base, head
 

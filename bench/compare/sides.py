@@ -166,10 +166,12 @@ def from_run(record: RunRecord, steps: Iterable[StepRecord] = ()) -> Side:
 def first_difference(base: Side, head: Side) -> str | None:
     """The first fact in which two sides are unlike, as words; None if all agree.
 
-    A task only one of them ran is no difference: its problems are simply not shared.
+    A task only one of them ran and a package only one of them lists are no differences: such
+    problems are not shared, and two checkouts in one interpreter may list different packages.
     """
     for name in [*base.facts, *(name for name in head.facts if name not in base.facts)]:
-        if name.startswith("data.") and not (name in base.facts and name in head.facts):
+        both = name in base.facts and name in head.facts
+        if name.startswith(("data.", "environment.versions.")) and not both:
             continue
         ours, theirs = base.facts.get(name), head.facts.get(name)
         if ours != theirs:
