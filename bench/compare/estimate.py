@@ -2,9 +2,10 @@
 
 Each pair is one number: log(head's speedup / base's), both timed close together. The estimate is
 the Hodges-Lehmann median of all pairwise means and its bounds invert Wilcoxon's signed-rank test:
-no assumption about tails, and spikes of any height count as one rank. Among simulated bad neighbours
-it is level with a sign test or a bootstrapped median and far ahead of a t interval; it is exact for
-few pairs and wastes less when the machine is quiet (docs/regress.md, tests/noisy_machine.py).
+symmetric pairs (swapping equal sides changes nothing) are all it assumes, and a spike of any height
+counts as one rank. Among simulated bad neighbours it is level with a sign test or a bootstrapped
+median and far ahead of a t interval; it is exact for few pairs and wastes less on a quiet machine
+(docs/regress.md, tests/noisy_machine.py).
 """
 
 from __future__ import annotations
