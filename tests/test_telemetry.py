@@ -309,9 +309,11 @@ def test_energy_between_samples_is_interpolated() -> None:
         ([sample(float(i), energy_j=1.0 * i) for i in range(5)], "do not cover every window"),
         ([sample(t, energy_j=t) for t in (0.0, 3.0, 6.0, 9.0)], "3.0 s without a sample"),
         ([sample(t / 2, energy_j=float(t % 9)) for t in range(20)], "went back"),
+        ([sample(t / 2, energy_j=7.0) for t in range(20)], "did not move"),
     ],
 )
 def test_energy_that_cannot_be_told(samples: list[dict[str, Any]], reason: str) -> None:
+    assert summary.energy(samples, [], 0.5).reason == "no generation has its times"
     found = summary.energy(samples, [(1.0, 8.0)], 0.5)
     assert found.joules is None and found.source is None and reason in (found.reason or "")
 
@@ -427,7 +429,8 @@ def test_the_sampler_lives_as_long_as_the_block(
     assert len(samples) >= 3
     begin, idle_end = watch.note["idle"]
     assert samples[0]["t"] < idle_end and samples[-1]["t"] >= end - 0.01  # one clock for both
-    assert summary.energy(samples, [(samples[0]["t"], end)], 0.1).source == "rapl"
+    rising = [{**line, "rapl_energy_j": float(i)} for i, line in enumerate(samples)]
+    assert summary.energy(rising, [(samples[0]["t"], end)], 0.1).source == "rapl"
 
 
 def test_the_sampler_ends_within_two_seconds_of_a_killed_run(tmp_path: Path) -> None:
