@@ -2,7 +2,8 @@
 
 Verbs: reproduce, run, tables, report, claims, figures, export, autotune, audit, compare, regress,
 doctor, peers. Bad input is one sentence and exit code 2, an interrupted run says how to go on and
-exits 130, an audit that finds a bug exits 1. Heavy libraries are imported by the verbs.
+exits 130, an audit that finds a bug and a gate that finds a regression exit 1. Heavy libraries are
+imported by the verbs.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def _run_options(verb: argparse.ArgumentParser, name: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; gives the exit code: 0, 1 (audit), 2 for bad input, 130 when interrupted."""
+    """Run one verb; gives the exit code: 0, 1 (a finding), 2 for bad input, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         args = parser().parse_args(words)

@@ -9,6 +9,7 @@ sides are measured by the same code. Requests and answers are JSON lines on stdi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -222,4 +223,5 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches every process; one answers it
+        serve()
