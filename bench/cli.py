@@ -137,7 +137,7 @@ def _run_options(verb: argparse.ArgumentParser, name: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; gives the exit code: 0, 1 (a finding), 2 for bad input, 130 when interrupted."""
+    """Run one verb; exit code: 0, 1 for a finding, 2 for bad input, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         args = parser().parse_args(words)
