@@ -12,6 +12,8 @@ G = Hq / Hkv, D head size, H width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,7 @@ class Transformer(nn.Module):
         )
         self.to_empty(device=device)
         cos, sin = rotary_tables(config)
+        self.mask_adapter: MaskAdapter | None = None
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
 
@@ -66,6 +69,28 @@ class Transformer(nn.Module):
             if isinstance(module, Linear | TiedHead):
                 module.prepare()
         return self
+
+    def attach_mask_adapter(
+        self,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        scale: float,
+        *,
+        token_id: int,
+        embedding: Tensor,
+    ) -> None:
+        """Add scale * B A x to products on the rows whose input is the mask token, on no others.
+
+        factors["layers.3.qkv"] = (A [r, in], B [out, r]); embedding [H] is the mask's input.
+        Rows of other tokens compute what they would without: exactly, x + 0 = x.
+        """
+        where = {"dtype": self.dtype, "device": self.device}
+        for index, layer in enumerate(self.layers):
+            layer.low_rank = {
+                name: ((a * scale).to(**where), b.to(**where))
+                for name in ("qkv", "o", "gate_up", "down")
+                for a, b in (factors[f"layers.{index}.{name}"],)
+            }
+        self.mask_adapter = MaskAdapter(token_id=token_id, embedding=embedding.to(**where))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,9 +130,22 @@ class Transformer(nn.Module):
             cos, sin = cos.to(self.dtype), sin.to(self.dtype)
         slots = cache.open(width)
         hidden = self.embed(input_ids.reshape(-1))  # [B*Q, H]: rows of every matrix product
+        gate = None
+        if self.mask_adapter is not None and width > 1:  # no decoder sends a lone mask
+            is_mask = (input_ids.reshape(-1) == self.mask_adapter.token_id)[:, None]
+            hidden = torch.where(is_mask, self.mask_adapter.embedding, hidden)
+            gate = is_mask.to(self.dtype)
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, slots, index, bias, fold)
+            hidden = layer(hidden, cos, sin, slots, index, bias, fold, gate)
         return self.norm(hidden).view(batch, width, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskAdapter:
+    """The token whose rows an adapter gated to masks acts on, and its embedding [H]."""
+
+    token_id: int
+    embedding: Tensor
 
 
 class Layer(nn.Module):
@@ -127,6 +165,7 @@ class Layer(nn.Module):
         self.mlp_norm = _norm(hidden, config, kind)
         self.gate_up = Linear(hidden, 2 * inner, bias=False, **kind)
         self.down = Linear(inner, hidden, bias=False, **kind)
+        self.low_rank: dict[str, tuple[Tensor, Tensor]] = {}
 
     def forward(
         self,
@@ -137,10 +176,14 @@ class Layer(nn.Module):
         index: int,
         bias: Tensor | None,
         fold: bool,
+        gate: Tensor | None = None,
     ) -> Tensor:
-        """hidden [B*Q, H] -> [B*Q, H]; cos, sin [B, 1, Q, D]; bias broadcasts over heads."""
+        """hidden [B*Q, H] -> [B*Q, H]; cos, sin [B, 1, Q, D]; bias broadcasts over heads.
+
+        gate [B*Q, 1]: 1 on the rows where an attached adapter acts, or None.
+        """
         batch, width = cos.shape[0], cos.shape[2]
-        heads = self.qkv(self.attn_norm(hidden)).view(batch, width, -1, self.head_dim)
+        heads = self._product("qkv", self.attn_norm(hidden), gate).view(batch, width, -1, self.head_dim)
         heads = heads.transpose(1, 2)  # [B, Hq + 2 Hkv, Q, D]
         qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None:
@@ -152,9 +195,17 @@ class Layer(nn.Module):
             q = q.reshape(batch, self.kv_heads, self.groups * width, self.head_dim)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, enable_gqa=not fold)
         out = out.reshape(batch, self.heads, width, self.head_dim).transpose(1, 2)
-        hidden = hidden + self.o(out.reshape(batch * width, self.heads * self.head_dim))
-        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
-        return hidden + self.down(F.silu(gate) * up)
+        out = out.reshape(batch * width, self.heads * self.head_dim)
+        hidden = hidden + self._product("o", out, gate)
+        inner, up = self._product("gate_up", self.mlp_norm(hidden), gate).chunk(2, dim=-1)
+        return hidden + self._product("down", F.silu(inner) * up, gate)
+
+    def _product(self, name: str, x: Tensor, gate: Tensor | None) -> Tensor:
+        y = getattr(self, name)(x)
+        if gate is None:
+            return y
+        a, b = self.low_rank[name]
+        return y + F.linear(F.linear(x, a), b) * gate
 
 
 def attention_bias(

@@ -112,7 +112,12 @@ def apply(model: Transformer, adapter: Adapter) -> None:
     if adapter.config.placement == "all":
         merge(model, adapter)
     else:
-        model.attach_mask_adapter(adapter.factors, adapter.config.scale, adapter.mask_embedding)
+        model.attach_mask_adapter(
+            adapter.factors,
+            adapter.config.scale,
+            token_id=adapter.mask_token_id,
+            embedding=adapter.mask_embedding,
+        )
 
 
 @torch.no_grad()
