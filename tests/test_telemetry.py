@@ -419,6 +419,7 @@ def test_the_sampler_lives_as_long_as_the_block(
     path = tmp_path / "telemetry.jsonl"
     with telemetry.watching(path, device="cpu", wanted=True, interval_s=0.1) as watch:
         assert watch.process is not None and watch.process.poll() is None
+        assert os.getsid(watch.process.pid) != os.getsid(0)  # Ctrl-C goes to the run alone
         watch.idle(0.35)
         end = telemetry.now()
     assert watch.process.returncode == 0

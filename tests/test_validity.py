@@ -147,6 +147,15 @@ def test_nobody_watched() -> None:
     assert "no sample lies" in named(record(telemetry=far), AR)["counter_unavailable"].reason
 
 
+def test_a_cpu_needs_no_gpu_counters() -> None:
+    samples = [{"kind": "sample", "t": i / 2, "rapl_energy_j": 30.0 * i} for i in range(-2, 90)]
+    made = record(
+        header=header(), telemetry=(lines()[0], *samples), measurements=measurements(length_s=9.9)
+    )
+    assert named(made, AR) == {}
+    assert tables.table_rows(made)[0].joules_per_token == pytest.approx(60 * 19.9 / 22)
+
+
 def test_eos_never_reached() -> None:
     rows = measurements(finish="length")
     flag = named(record(measurements=rows), AR)["eos_never_reached"]
