@@ -1,7 +1,7 @@
 """The command line: the only place with argparse, and the only one that prints.
 
-Verbs: reproduce, run, tables, report, claims, figures, export, autotune, audit, compare, regress,
-doctor, peers. Bad input is one sentence and exit code 2, an interrupted run says how to go on and
+Verbs: reproduce, run, tables, report, claims, figures, export, autotune, audit, train, compare,
+regress, doctor, peers. Bad input is one sentence and exit code 2, an interrupted run says how to go on and
 exits 130, an audit that finds a bug and a gate that finds a regression exit 1. Heavy libraries are
 imported by the verbs.
 """
@@ -62,6 +62,23 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--data-dir", type=Path)
     _gate_options(verbs)
     _page_options(verbs)
+    train = verbs.add_parser("train", help="train an adapter by a named recipe; resumes")
+    train.add_argument("--recipe", required=True, metavar="NAME", help="see docs/training.md")
+    train.add_argument("--out", type=Path, help=f"folder of the run (default: {RUNS}/train-NAME)")
+    train.add_argument("--data-dir", type=Path, help="folder with the training files")
+    train.add_argument("--weights", help="another base: what `run --weights` takes")
+    train.add_argument("--minutes", type=float, help="budget of time instead of the recipe's")
+    train.add_argument("--tokens", type=int, help="budget of clean tokens instead")
+    train.add_argument("--steps", type=int, help="budget of optimiser steps instead")
+    train.add_argument("--batch", type=int, help="documents per optimiser step")
+    train.add_argument("--block-lens", type=int, nargs="+", metavar="K")
+    train.add_argument("--alpha", type=float, help="weight of the AR term")
+    train.add_argument("--masking", choices=("full", "random"))
+    train.add_argument("--lr", type=float)
+    train.add_argument("--seed", type=int)
+    train.add_argument("--device", help="cpu, cuda, cuda:N or auto")
+    train.add_argument("--threads", type=int)
+    train.add_argument("--rehearse", action="store_true", help="the same job in two minutes: tiny")
     peers = verbs.add_parser("peers", help="time our AR against transformers' generate")
     peers.add_argument("--weights", default="embedded")
     peers.add_argument("--device", default="cpu")
@@ -183,6 +200,8 @@ def _other(args: argparse.Namespace, words: list[str]) -> int:
         return _gate(args)
     elif args.verb in ("claims", "figures", "export"):
         return _page(args)
+    elif args.verb == "train":
+        return _train(args, words)
     elif args.verb == "doctor":
         from bench.doctor import report
 
@@ -203,6 +222,32 @@ def _other(args: argparse.Namespace, words: list[str]) -> int:
             rounds=args.rounds,
             out=args.out,
         )
+    return 0
+
+
+def _train(args: argparse.Namespace, words: list[str]) -> int:
+    from bench.recipes import get_recipe
+    from bench.tasks.data import data_folder
+    from bench.train import changed, rehearsal, train
+
+    recipe = changed(
+        get_recipe(args.recipe),
+        weights=args.weights,
+        device=args.device,
+        objective={"alpha": args.alpha, "masking": args.masking, "block_lens": args.block_lens},
+        train={"lr": args.lr, "batch": args.batch, "seed": args.seed},
+        budget={"minutes": args.minutes, "tokens": args.tokens, "steps": args.steps},
+    )
+    if args.rehearse:
+        recipe = rehearsal(recipe)
+    out = args.out or RUNS / f"train-{recipe.name}"
+    done = train(
+        recipe, out=out, data_dir=data_folder(args.data_dir), argv=words, threads=args.threads
+    )
+    print(f"{'finished' if done.finished else 'stopped'} after {done.steps} steps: {done.folder}")
+    if not done.finished:
+        print(f"go on with: python -m bench train --recipe {args.recipe} --out {out} ...")
+        return 130
     return 0
 
 

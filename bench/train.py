@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.recipes import Recipe
+from bench.recipes import Recipe, Source
 from tidar_ref.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,15 +91,64 @@ def train(
     return Outcome(folder=out, steps=trainer.progress.step, finished=trainer.spent() >= 1.0)
 
 
-def hygiene(data_dir: Path | None) -> Any:
-    """The filter of a recipe's pairs: gives (kept, report)."""
-    from bench.corpora.hygiene import filter_pairs, references
+def changed(
+    recipe: Recipe,
+    *,
+    weights: str | None,
+    device: str | None,
+    objective: dict[str, Any],
+    train: dict[str, Any],
+    budget: dict[str, Any],
+) -> Recipe:
+    """The recipe with the options that were given (None: not given); a budget replaces its own."""
+    asked = {name: value for name, value in budget.items() if value is not None}
+    for name, value in asked.items():
+        if value <= 0:
+            raise UserError(f"--{name} {value} is no budget: give more than 0")
+    base = dict(recipe.train)
+    if asked:
+        base = {n: v for n, v in base.items() if n not in ("steps", "minutes", "tokens")}
+    given = {name: value for name, value in train.items() if value is not None}
+    aims = {name: value for name, value in objective.items() if value is not None}
+    if "block_lens" in aims:
+        aims["block_lens"] = tuple(aims["block_lens"])
+    return dataclasses.replace(
+        recipe,
+        weights=weights or recipe.weights,
+        device=device or recipe.device,
+        objective={**recipe.objective, **aims},
+        train={**base, **asked, **given},
+    )
 
-    known = references(data_dir)
+
+def rehearsal(recipe: Recipe) -> Recipe:
+    """The same job end to end in a minute or two on a CPU: tiny random weights, few documents."""
+    return dataclasses.replace(
+        recipe,
+        name=f"{recipe.name}-rehearsal",
+        purpose=f"rehearsal of {recipe.name}: no number means anything",
+        weights="random:tiny",
+        device="cpu",
+        train={
+            **{n: v for n, v in recipe.train.items() if n not in ("minutes", "tokens")},
+            "steps": 12,
+            "batch": 4,
+            "micro_batch": 2,
+        },
+        mixture=(Source(name="templates", count=24),),
+        max_tokens=512,
+    )
+
+
+def hygiene(data_dir: Path | None) -> Any:
+    """The filter of a recipe's pairs against every test set that is here: gives (kept, report)."""
+    from bench.corpora.hygiene import Filter, references
+
+    against = Filter(references(data_dir))
 
     def clean(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, Any]]:
-        kept, report = filter_pairs(pairs, known)
-        return list(kept), dataclasses.asdict(report)
+        kept, report = against.pairs(pairs)
+        return kept, report.as_json()
 
     return clean
 
