@@ -109,6 +109,8 @@ def test_smoke_record_is_whole(smoke: Path) -> None:
         "sessions.jsonl",
         "tables.md",
         "tables.csv",
+        "cells.json",
+        "vocabulary.json",
     }
     texts = {(m.pair, m.decoder): m.text for m in record.measurements}
     for (pair, decoder), text in texts.items():

@@ -23,7 +23,7 @@ from typing import Any
 EPOCH_OFFSET_S = time.time() - time.monotonic()
 INTERVAL_S = 0.2  # 5 Hz: the counters themselves move only about every 0.1 s
 IDLE_S = 5.0
-READY_S = 5.0  # NVML may take seconds to start; the run waits no longer than this
+READY_S = 10.0  # NVML may take seconds to start; the run waits no longer than this
 STOP_S = 2.0
 
 
@@ -74,7 +74,7 @@ def cuda_device(device: str) -> str | None:
     import torch
 
     uuid = getattr(torch.cuda.get_device_properties(torch.device(device)), "uuid", None)
-    return f"GPU-{uuid}" if uuid is not None else ""
+    return f"GPU-{str(uuid).removeprefix('GPU-')}" if uuid is not None else ""
 
 
 @contextlib.contextmanager
