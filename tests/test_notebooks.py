@@ -80,4 +80,4 @@ def _check_conversion(outputs: list) -> None:
         if "T/NFE" in output.get("data", {}).get("text/plain", "")
     ]
     before, after = (float(re.search(r"tidar\s+([\d.]+)", table)[1]) for table in tables)
-    assert before < 1.5 and after > 2.5
+    assert before < 1.3 and after > 1.6
