@@ -32,12 +32,13 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> tuple[Path
     if out is None and len(folders) != 1:
         raise UserError("a report of several records belongs to none: name a folder with --out")
     target = out or folders[0]
-    made = build([_source(folder) for folder in folders])
     title = "TiDAR, measured"
+    sources = [_source(folder) for folder in folders]
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {target} ({error.strerror}); name another --out") from error
+    made = build(sources)
     write_whole(target / HTML, page(made, title))
     write_whole(target / MARKDOWN, twin(made, title))
     return target / HTML, target / MARKDOWN
@@ -50,8 +51,11 @@ def _source(folder: Path) -> Source:
     return Source(folder=folder, record=record)
 
 
-def build(sources: Sequence[Source]) -> list[Section]:
-    """All sections in reading order; a section that has nothing to say is left out."""
+def build(sources: Sequence[Source], *, paper_figures: bool = True) -> list[Section]:
+    """All sections in reading order; a section that has nothing to say is left out.
+
+    The paper's figures are drawn by matplotlib and take seconds: a caller may do without.
+    """
     names = [source.record.name for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"record {max(names, key=names.count)} is named twice; name it once")
@@ -71,9 +75,9 @@ def build(sources: Sequence[Source]) -> list[Section]:
         watch,
         sections.results(sources),
         sections.step_costs(sources),
-        quality(sources),
+        quality(sources, paper_figures=paper_figures),
         acceptance(sources),
-        widths(sources),
+        widths(sources, paper_figures=paper_figures),
         sections.claims(sources),
         utilisation(sources),
         sections.validity(sources),

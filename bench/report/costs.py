@@ -16,7 +16,7 @@ from bench.tables import REFERENCE, TableRow, table_rows
 from bench.telemetry import cells
 
 
-def quality(sources: Sequence[Source]) -> Section:
+def quality(sources: Sequence[Source], *, paper_figures: bool) -> Section:
     """Score against speedup, one figure per record and task."""
     parts: list[Part] = [
         "Up is better text, right is faster. `ar` stands at 1x by definition; a decoder that keeps "
@@ -32,7 +32,8 @@ def quality(sources: Sequence[Source]) -> Section:
                     parts.append(_quality(source, task, mine))
     if len(parts) == 1:
         parts.append("No record here holds both a score and a speedup.")
-    parts.append(paper_figure("figure4", "Figure 4", sources))
+    if paper_figures:
+        parts.append(paper_figure("figure4", "Figure 4", sources))
     return Section(id="quality", title="Quality against speed", parts=parts)
 
 
@@ -66,7 +67,7 @@ def _times(low: float | None, high: float | None, scale: float) -> tuple[float, 
     return None if low is None or high is None else (scale * low, scale * high)
 
 
-def widths(sources: Sequence[Source]) -> Section:
+def widths(sources: Sequence[Source], *, paper_figures: bool) -> Section:
     """Step time over query width: operating points, and the curve where a record holds one."""
     parts: list[Part] = [
         "A wider forward carries more query tokens: `ar` sends 1, dense `tidar` K(K+1). Where the "
@@ -79,7 +80,8 @@ def widths(sources: Sequence[Source]) -> Section:
         figure = _widths(source)
         if figure:
             parts.append(figure)
-    parts.append(paper_figure("figure1", "Figure 1", sources))
+    if paper_figures:
+        parts.append(paper_figure("figure1", "Figure 1", sources))
     return Section(id="widths", title="Step time by query width", parts=parts)
 
 

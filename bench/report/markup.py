@@ -81,14 +81,12 @@ def inline(text: str) -> str:
 def to_html(text: str, *, title: str, level: int = 2) -> str:
     """Markdown as HTML. A table's caption is the line "Table: ..." before it, else the heading
     above, else `title`. The text's highest heading comes one below `level`."""
-    marks = [len(line.split(" ")[0]) for line in text.splitlines() if re.match(r"#+ ", line)]
-    shift = level + 1 - min(marks, default=level + 1)
     out = []
     caption = ""
-    for kind, lines in _groups(text):
+    for kind, lines in _groups(lowered(text, level)):
         if kind == "heading":
             mark, _, title = lines[0].partition(" ")
-            depth = min(6, len(mark) + shift)
+            depth = len(mark)
             out.append(f"<h{depth}>{inline(title)}</h{depth}>")
         elif kind == "table":
             out.append(_table(lines, caption or title))
@@ -105,6 +103,25 @@ def to_html(text: str, *, title: str, level: int = 2) -> str:
         else:
             out.append(f"<p>{inline(' '.join(lines))}</p>")
     return "\n".join(out)
+
+
+def lowered(text: str, level: int) -> str:
+    """The text with its headings moved, the highest to one below `level`."""
+    marks = [len(mark) for kind, (mark, *_) in _marked(text) if kind == "heading"]
+    shift = level + 1 - min(marks, default=level + 1)
+    return "\n".join(
+        "#" * min(6, len(mark) + shift) + rest if kind == "heading" else mark + rest
+        for kind, (mark, rest) in _marked(text)
+    )
+
+
+def _marked(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Each line as ("heading", (its marks, the rest)) or ("", (the line, "")); fences are text."""
+    fenced = False
+    for line in text.splitlines():
+        fenced ^= line.startswith("```")
+        heading = None if fenced else re.match(r"(#+)( .*)", line)
+        yield ("heading", (heading[1], heading[2])) if heading else ("", (line, ""))
 
 
 def _groups(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -195,5 +212,5 @@ def part_markdown(part: Part) -> str:
     if isinstance(part, Figure):
         return f"{part.caption}\n\n{part.numbers}"
     if isinstance(part, Folded):
-        return f"#### {part.title}\n\n{part.markdown}"
-    return part
+        return f"#### {part.title}\n\n{lowered(part.markdown, 4)}"
+    return lowered(part, 2)
