@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tidar_ref.training.trainer import StepLog, Trainer
 
 ADAPTER_EVERY_S = 300.0
+ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,25 @@ def train(
 
         trainer.run(show)
     _save(recipe, loaded, corpus, trainer, argv)
+    if not trainer.rank:
+        finish(out)
     return Outcome(folder=out, steps=trainer.progress.step, finished=trainer.spent() >= 1.0)
+
+
+def finish(out: Path) -> None:
+    """Loss curves and card of a run's adapter."""
+    from bench import cards
+    from bench.figures import style, training
+
+    folder = out / ADAPTER_FOLDER
+    if not folder.is_dir():
+        return  # a full fine-tune: its weights are in the checkpoint
+    shutil.copy(out / "loss.jsonl", folder / "loss.jsonl")
+    with style.styled():
+        figure = training.draw({out.name: training.read_log(out)})
+    for kind in ("png", "svg"):
+        style.save(figure, folder / f"loss.{kind}", kind)
+    cards.write_card(folder)
 
 
 def changed(
@@ -194,7 +214,7 @@ def _save(
         "environment": describe(),
         "saved": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    folder = trainer.folder / "adapter"
+    folder = trainer.folder / ADAPTER_FOLDER
     base = loaded.source.name.partition(" + ")[0]
     adapters.save(adapter, folder, loaded.model.config, base=base, notes=notes)
 

@@ -1,0 +1,86 @@
+"""The card of an adapter: what it is, what made it, and where its numbers are. From files only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.figures import training
+from tidar_ref.errors import UserError
+
+LAST_STEPS = 20
+PLACEMENT = {
+    "all": "on every row (the paper's joint model); merged into the weights for decoding",
+    "mask": "on mask rows only: the AR half is the base model's, exactly",
+}
+
+
+def write_card(folder: Path) -> Path:
+    """README.md of an adapter folder, from its tidar.json and loss.jsonl (beside or above it)."""
+    path = folder / "tidar.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no tidar.json: name a folder that `bench train` wrote")
+    notes = json.loads(path.read_text(encoding="utf-8"))
+    card = folder / "README.md"
+    card.write_text(text(folder.name, notes, training.read_log(folder)), encoding="utf-8")
+    return card
+
+
+def text(name: str, notes: dict[str, Any], log: list[dict[str, Any]]) -> str:
+    """The card as Markdown."""
+    recipe, corpus, machine = notes["recipe"], notes["corpus"], notes["environment"]
+    settings = recipe["adapter"]
+    base = " + ".join([recipe["weights"].split("+")[0], *map(str, notes["base_adapters"])])
+    lines = [
+        f"# {name}",
+        "",
+        f"{recipe['purpose'].capitalize()}.",
+        "",
+        f"- Base: {base}; sha256 `{notes['base_sha256']}` (licence: the base model's, Apache-2.0"
+        " for SmolLM2).",
+        f"- Adapter: rank {settings['rank']}, {PLACEMENT[notes['placement']]}. Mask token id"
+        f" {notes['mask_token_id']}; its embedding row is `tidar.mask_embedding`.",
+        f"- Objective: `{json.dumps(recipe['objective'])}`.",
+        f"- Trained: {notes['steps']} steps, {notes['clean_tokens']:,} clean tokens seen,"
+        f" {notes['training_s'] / 60:.0f} minutes on {machine.get('gpu') or machine['cpu']}"
+        f" ({machine['threads']} threads), torch {machine['versions']['torch']},"
+        f" `{json.dumps(recipe['train'])}`.",
+        f"- Command: `python -m bench {notes['command']}`.",
+        "",
+        "## Documents",
+        "",
+        "| source | documents | tokens | too long | removed: repeats a test set |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    checked: dict[str, Any] = {}
+    for source, part in corpus["sources"].items():
+        hygiene = part["hygiene"]
+        checked |= hygiene["checked"]
+        removed = sum(entry["removed"] for entry in hygiene["sources"].values())
+        lines.append(
+            f"| {source} | {part['documents']} | {part['tokens']:,} | {part['too_long']}"
+            f" | {removed} |"
+        )
+    lines += ["", f"Compared with: {', '.join(sorted(checked)) or 'no test set'}."]
+    if "distilled_by" in corpus:
+        lines.append(
+            f"Answers were written by {corpus['distilled_by']} (greedy): {corpus['same_as_source']}"
+            f" of {corpus['documents']} equal the source's, {corpus['cut_at_the_limit']} were cut"
+            " at the length limit."
+        )
+    last = log[-LAST_STEPS:]
+    lines += ["", f"## Losses (mean of the last {len(last)} steps)", ""]
+    for key, title in training.PANELS:
+        values = [row[key] for row in last if row[key] is not None]
+        if values:
+            lines.append(f"- {title}: {sum(values) / len(values):.3f}")
+    lines += [
+        "",
+        "![loss curves](loss.png)",
+        "",
+        "Scores and tokens per forward are in the records under `results/records/` that name this"
+        " adapter's sha256 in their header.",
+        "",
+    ]
+    return "\n".join(lines)
