@@ -213,7 +213,7 @@ def test_tidar_tells_its_drafts() -> None:
     from tidar_ref.decoding import generate
 
     torch.set_num_threads(1)
-    model = tiny.trained_tiny()
+    model = tiny.random_tiny("qwen2")
     seen = set()
     for params in ({}, {"outcomes": "1-3"}):
         decoder = tidar.build(model.model, mask_token_id=tiny.MASK, block_len=4, **params)
@@ -285,7 +285,7 @@ def test_the_page_can_be_read_without_eyes(report: tuple[str, str, Path]) -> Non
 
 def test_random_step_times_stand_apart_from_scores(report: tuple[str, str, Path]) -> None:
     """No table of the random record has a score, T/NFE or speedup; no table holds both records."""
-    _, markdown, _ = report
+    html, markdown, _ = report
     in_short = markdown.split("## Watch it decode")[0]
     random_part = in_short.split("### random_record")[1]
     assert "| decoder | generations | ms per step |" in random_part
@@ -299,6 +299,7 @@ def test_random_step_times_stand_apart_from_scores(report: tuple[str, str, Path]
     for line in rows:
         cells = markup.cells(line)
         assert cells[7] and not any(cells[i] for i in (3, 4, 5, 6, 8))
+    assert '"tier":"random"' not in html
     figures = markdown.split("\n## Quality against speed")[1].split("\n## ")[0]
     assert "random_record" not in figures
 
@@ -393,6 +394,13 @@ def test_text_of_a_record_cannot_leave_the_script(report: tuple[str, str, Path])
     assert "</script>" in "".join(PIECES.values())
     block = html.split('id="player-data">')[1].split("</script>")[0]
     assert json.loads(block)["records"][0]["pieces"] and "<" not in block
+
+
+def test_random_weights_are_played_without_a_rate(tmp_path: Path) -> None:
+    text = twin(lean(made(tmp_path / "noise", tier="random")), "x")
+    [player_section] = [s for s in lean(tmp_path / "noise") if s.id == "player"]
+    assert "Random weights: the text is noise" in player_section.parts[1].html
+    assert "speedup over ar |" not in text and "steps that committed" not in text
 
 
 def test_subset_steps_name_the_block_that_serves(tmp_path: Path) -> None:
@@ -548,8 +556,8 @@ def test_the_player_shows_what_the_ledger_says(
     assert tab.run("document.getElementById('where').textContent") == (
         f"{len(example.steps) - 1} / {len(example.steps) - 1}"
     )
-    tab.run("document.getElementById('pick-decoder').value = 'ar', "
-            "document.getElementById('pick-decoder').dispatchEvent(new Event('change'))")  # fmt: skip
+    tab.run("pick = document.getElementById('pick-decoder'), pick.value = 'ar', "
+            "pick.dispatchEvent(new Event('change'))")  # fmt: skip
     assert tab.run("document.querySelectorAll('#draft .accepted').length") == 0
     assert tab.run("document.getElementById('slider').max") == str(len(WORDS) - 1)
     assert tab.console == []

@@ -59,12 +59,12 @@ def build(sources: Sequence[Source], *, paper_figures: bool = True) -> list[Sect
     names = [source.record.name for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"record {max(names, key=names.count)} is named twice; name it once")
+    # Random weights decode noise: their steps are played only where there is nothing else.
+    played = [source for source in sources if source.scored] or list(sources)
     shown = [
-        example
-        for source in sorted(sources, key=lambda s: not s.scored)
-        for example in examples(source.folder, source.record)
+        example for source in played for example in examples(source.folder, source.record)
     ]
-    total = sum(len(source.record.measurements) for source in sources)
+    total = sum(len(source.record.measurements) for source in played)
     watch = Section(
         id="player",
         title="Watch it decode",

@@ -199,6 +199,7 @@ def paper_figure(name: str, source: str, sources: Sequence[Source]) -> Figure:
     return Figure(
         caption=f"{caption}. The paper's points are listed below, ours in the tables of this page.",
         # An image and not inline: the identifiers of two drawings must not meet.
-        svg=f'<img class="paper" alt="{escape(caption)}" src="data:image/svg+xml;base64,{drawn}">',
+        svg=f'<div class="scroll" tabindex="0" role="region" aria-label="{source}">'
+        f'<img class="paper" alt="{escape(caption)}" src="data:image/svg+xml;base64,{drawn}"></div>',
         numbers=table(head, body),
     )

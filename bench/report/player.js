@@ -168,7 +168,8 @@
       box.append(row);
     }
     const mine = after(run, forwards);
-    const rate = forwards ? ((mine - 1) / forwards).toFixed(2) + " tokens per forward so far" : "only the prefill so far";
+    const noise = recordOf(run).tier === "random"; // no T/NFE of random weights
+    const rate = noise ? "random weights, so a rate means nothing" : forwards ? ((mine - 1) / forwards).toFixed(2) + " tokens per forward so far" : "only the prefill so far";
     box.prepend(make("p", "quiet", count(forwards, "decode forward") + "; " + rate + "."));
   }
 

@@ -218,6 +218,8 @@ def player(shown: list[Example], *, total: int) -> Raw:
         "The prompts are not part of a record. Forwards are not seconds: a wider forward can cost "
         "more, see the measured step times."
     )
+    if first.record.header.weights["tier"] == "random":
+        note = f"**Random weights: the text is noise and shows the mechanics only.** {note}"
     html = page.replace("{{data}}", embedded(player_data(shown))).replace(
         "{{note}}", inline(note)
     )

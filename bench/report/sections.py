@@ -113,7 +113,7 @@ def _what_ran(source: Source, marks: Marks) -> str:
         f"### {source.record.name}",
         "",
         f"- **What ran:** {generations}: {problems}; {machine}, {header.dtype}",
-        f"- **Weights:** {weights['name']} ({TIER_LABELS[source.tier]})",
+        f"- **Weights:** {weights['name']}; {TIER_LABELS[source.tier]}",
         f"- **It shows** {shows}",
         f"- **It does not show** {hides}",
         *[f"- {sentence}" for sentence in verdicts(source, marks.flags)],
@@ -297,7 +297,7 @@ def environment(sources: Sequence[Source]) -> Section:
             pairs.append(
                 (f"data of {task}", f"{data['kind']}: {data['path']}, sha256 {data['sha256']}")
             )
-        body = [(name, "not known" if v is None else str(v)) for name, v in pairs]
+        body = [(name, "none, or not known" if v is None else str(v)) for name, v in pairs]
         parts.append(f"### {source.record.name}\n\n{table(('what', 'value'), body)}")
     return Section(id="environment", title="Environment", parts=parts)
 
