@@ -33,6 +33,7 @@ class Judge:
         self.model, self.wider = model, WIDER[dtype]
         with torch.inference_mode(False):
             self.exact = copy.deepcopy(model).to(getattr(torch, self.wider))
+        self.exact.mask_adapter = None  # acts on mask rows only, and a text has none
         for part in self.exact.modules():  # float32 copies of the fast routes are not wider
             for name in ("wide", "fast"):
                 if hasattr(part, name):

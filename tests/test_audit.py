@@ -145,6 +145,26 @@ def test_what_bfloat16_does_by_itself_is_tie_level(tmp_path: Path) -> None:
     assert made.bugs >= 5
 
 
+def test_an_attached_mask_adapter_is_no_hindrance() -> None:
+    """It acts on mask rows; the judge evaluates text, in a dtype the adapter does not have."""
+    model = tiny.random_tiny("llama")
+    plain, adapted = (tiny.model_of(model.config, model.state) for _ in range(2))
+    factors = {
+        f"layers.{index}.{name}": (
+            torch.ones(2, getattr(layer, name).in_features),
+            torch.ones(getattr(layer, name).out_features, 2),
+        )
+        for index, layer in enumerate(adapted.layers)
+        for name in ("qkv", "o", "gate_up", "down")
+    }
+    row = torch.ones(model.config.hidden_size)
+    adapted.attach_mask_adapter(factors, 1.0, token_id=tiny.MASK, embedding=row)
+    text = [3, 1, 4, 1, 5]
+    assert Judge(adapted, "float32").gaps(text, [2, 7]) == pytest.approx(
+        Judge(plain, "float32").gaps(text, [2, 7]), abs=1e-5
+    )
+
+
 def test_an_output_that_ends_elsewhere_is_a_bug(tmp_path: Path) -> None:
     model, prompts = tiny.trained_tiny(), tiny.prompts(2)
     outputs = decoded(model, prompts, torch.float32)
