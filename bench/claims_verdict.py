@@ -111,6 +111,11 @@ def _same_quantity(claim: Claim, item: Observed) -> bool:
             return False
     if claim.alpha not in (None, 1.0) and f"alpha{claim.alpha:g}" not in "".join(item.adapters):
         return False
+    tuned = "fine-tuned" in claim.system
+    if claim.decoder == "ar" and tuned != any("-ar" in name for name in item.adapters):
+        return False  # the AR twin of a recipe is one thing, the base another, TiDAR's AR a third
+    if claim.decoder == "ar" and item.adapters and not tuned:
+        return False
     setting = claim.settings
     if setting.get("masking") == "random" and "random" not in "".join(item.adapters):
         return False

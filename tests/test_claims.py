@@ -71,7 +71,7 @@ FIGURE4 = "figure4/tidar-8b-trust-diff/humaneval/speedup"
         ({"whole": False, "n": 20}, OTHER_SETTING),
         ({"weights": "SmolLM2-135M-Instruct", "shape": "smollm2-135m-instruct",
           "tier": "embedded"}, OTHER_WEIGHTS),
-        ({"adapters": ("x",)}, OTHER_WEIGHTS),
+        ({"adapters": ("x",)}, NOT_RUN),  # a converted model's AR is not the base
         ({"tier": "local"}, OTHER_WEIGHTS),
         ({"tier": "random"}, NOT_RUN),
         ({"task": "mbpp"}, NOT_RUN),
@@ -89,7 +89,9 @@ def test_verdict_of_a_score(changes: dict[str, Any], verdict: str) -> None:
 
 def test_a_fine_tuned_baseline_is_not_the_base() -> None:
     tuned = [c for c in load_claims() if c.system == "Qwen2.5 1.5B fine-tuned"]
-    assert tuned and not {j.verdict for j in judge_all(tuned, [seen()])} & {REPRODUCED, OFF}
+    assert tuned and {j.verdict for j in judge_all(tuned, [seen()])} == {NOT_RUN}
+    twin = seen(adapters=("smollm2-ar 0123",), tier="embedded", shape="w")
+    assert {j.verdict for j in judge_all(tuned, [twin])} == {NOT_RUN, OTHER_WEIGHTS}
 
 
 def test_the_better_run_is_shown() -> None:
