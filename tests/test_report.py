@@ -364,6 +364,21 @@ def test_bad_input_is_one_sentence(
         assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_reproduce_ends_with_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    words = ["--profile", "smoke", "--tasks", "own_math", "--limit", "1", "--max-new-tokens", "6"]
+    assert main(["reproduce", *words, "--out", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"report: {folder / 'report.html'}" in said and f"{folder / 'report.md'}" in said
+    assert "Random weights: the text is noise" in (folder / "report.html").read_text()
+    steps = list(read_steps(folder))
+    told = {token for step in steps for token in (*step.committed, *(step.draft_tokens or ()))}
+    assert set(read_vocabulary(folder)) == told
+    assert any(step.draft_tokens for step in steps)
+
+
 def test_the_report_needs_no_torch_and_no_matplotlib_to_start() -> None:
     code = (
         "import sys, bench.report.build as b; "

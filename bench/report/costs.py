@@ -200,6 +200,7 @@ def paper_figure(name: str, source: str, sources: Sequence[Source]) -> Figure:
         caption=f"{caption}. The paper's points are listed below, ours in the tables of this page.",
         # An image and not inline: the identifiers of two drawings must not meet.
         svg=f'<div class="scroll" tabindex="0" role="region" aria-label="{source}">'
-        f'<img class="paper" alt="{escape(caption)}" src="data:image/svg+xml;base64,{drawn}"></div>',
+        f'<img class="paper" alt="{escape(caption)}"'
+        f' src="data:image/svg+xml;base64,{drawn}"></div>',
         numbers=table(head, body),
     )
