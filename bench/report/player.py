@@ -83,12 +83,13 @@ def _chosen(record: RunRecord) -> set[tuple[str, str, int]]:
 
 
 def first_shown(shown: list[Example]) -> Example | None:
-    """The generation to open with: the best acceptance of a `tidar`, else of any that drafts."""
+    """The generation to open with: the best acceptance of a `tidar`, else of any that drafts; the
+    longest of equals."""
 
-    def rank(example: Example) -> tuple[bool, float]:
+    def rank(example: Example) -> tuple[bool, float, int]:
         row = example.measurement
         name = example.record.header.decoders[row.decoder]["name"]
-        return name == "tidar", row.accepted / max(1, row.drafted)
+        return name == "tidar", row.accepted / max(1, row.drafted), len(example.steps)
 
     return max((e for e in shown if e.drafts), key=rank, default=shown[0] if shown else None)
 
