@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--device", help="cpu, cuda, cuda:N or auto")
     train.add_argument("--threads", type=int)
     train.add_argument("--rehearse", action="store_true", help="the same job in two minutes: tiny")
+    _slots_options(verbs)
     peers = verbs.add_parser("peers", help="time our AR against transformers' generate")
     peers.add_argument("--weights", default="embedded")
     peers.add_argument("--device", default="cpu")
@@ -88,6 +89,25 @@ def parser() -> argparse.ArgumentParser:
     peers.add_argument("--rounds", type=int, default=5)
     peers.add_argument("--out", type=Path)
     return top
+
+
+def _slots_options(verbs: Any) -> None:
+    slots = verbs.add_parser("slots", help="what a forward costs by width, KV length and batch")
+    slots.add_argument("--weights", default="embedded", help="as for run; random:SHAPE for speed")
+    slots.add_argument("--widths", default="1,2,4,8,16,20,32,64,72,128,256,272,512")
+    slots.add_argument("--kv", default="256,1024", help="cached tokens, comma-separated")
+    slots.add_argument("--batch", default="1", help="sequences, comma-separated")
+    slots.add_argument("--decoders", nargs="*", help="whose steps to time (default: ar, tidar)")
+    slots.add_argument("--dtype", default="bfloat16", help="float32 or bfloat16")
+    slots.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    slots.add_argument("--out", type=Path, help="record folder; the same command continues it")
+    slots.add_argument("--budget-seconds", type=float, help="stop cleanly after this long")
+    slots.add_argument("--rounds", type=int, default=8, help="visits of each cell")
+    slots.add_argument("--samples", type=int, default=4, help="timed runs a visit")
+    slots.add_argument("--seed", type=int, default=0)
+    slots.add_argument("--no-split", action="store_true", help="skip attention, MLP, head, rest")
+    slots.add_argument("--ceilings", action="store_true", help="measure copy, read, matrix rates")
+    slots.add_argument("--tables", type=Path, metavar="RECORD", help="only make its tables again")
 
 
 def _page_options(verbs: Any) -> None:
@@ -147,6 +167,9 @@ def _run_options(verb: argparse.ArgumentParser, name: str) -> None:
         action=argparse.BooleanOptionalAction,
         help="watch power, clocks and counters (default: on a GPU)",
     )
+    if name == "reproduce":
+        verb.add_argument("--budget-seconds", type=float, help="h100-steps: stop after this long")
+        verb.add_argument("--rehearse", action="store_true", help="h100-steps: tiny, on the CPU")
     verb.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     again = verb.add_mutually_exclusive_group()
     again.add_argument("--resume", type=Path, metavar="DIR", help="continue this record folder")
@@ -158,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         args = parser().parse_args(words)
+        if args.verb == "slots" or getattr(args, "profile", None) == "h100-steps":
+            return _slots(args, words)
         return {"run": _run, "reproduce": _run}.get(args.verb, _other)(args, words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -244,10 +269,18 @@ def _train(args: argparse.Namespace, words: list[str]) -> int:
     done = train(
         recipe, out=out, data_dir=data_folder(args.data_dir), argv=words, threads=args.threads
     )
-    print(f"{'finished' if done.finished else 'stopped'} after {done.steps} steps: {done.folder}")
     if not done.finished:
         print(f"go on with: python -m bench train --recipe {args.recipe} --out {out} ...")
         return 130
+    return 0
+
+
+def _slots(args: argparse.Namespace, words: list[str]) -> int:
+    from bench.slots.commands import run_book, slots
+
+    if args.verb == "run":
+        raise UserError("h100-steps is no decoding run; use: bench reproduce --profile h100-steps")
+    (slots if args.verb == "slots" else run_book)(args, runs=RUNS, argv=words)
     return 0
 
 
