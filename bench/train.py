@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,30 +54,34 @@ def train(
     from tidar_ref.training.adapters import AdapterConfig
     from tidar_ref.training.network import TrainingNetwork
     from tidar_ref.training.rows import Objective
-    from tidar_ref.training.trainer import TrainConfig, Trainer
+    from tidar_ref.training.trainer import TrainConfig, Trainer, ranked, shard
 
     if threads is not None:
         torch.set_num_threads(threads)
-    device = _device(recipe.device)
+    device = _join_ranks(_device(recipe.device))
     loaded = checkpoint.load(recipe.weights, device=device, dtype=recipe.dtype, prepare=False)
     corpus = _corpus(recipe, loaded, out, data_dir)
     adapter = AdapterConfig(**recipe.adapter) if recipe.adapter else None
     network = TrainingNetwork(
         loaded.model, mask_token_id=loaded.source.mask_token_id, adapters=adapter
     )
+    if ranked():
+        network = shard(network)
     objective, config = Objective(**recipe.objective), TrainConfig(**recipe.train)
     trainer = Trainer(network, corpus.examples, objective, config, out)
     trained = sum(p.numel() for p in network.trained().values())
-    print(f"recipe: {recipe.name}: {recipe.purpose}")
-    print(f"weights: {loaded.source.name} on {device}; {trained / 1e6:.1f} M parameters learn")
-    print(
+    say = print if trainer.rank == 0 else _silent
+    say(f"recipe: {recipe.name}: {recipe.purpose}")
+    say(f"weights: {loaded.source.name} on {device}; {trained / 1e6:.1f} M parameters learn")
+    say(
         f"documents: {len(corpus.examples)} ({corpus.report['by_source']}), "
         f"{sum(len(e.tokens) for e in corpus.examples)} tokens"
     )
     if trainer.resume():
-        print(f"resuming {out.name} at step {trainer.progress.step}")
+        say(f"resuming {out.name} at step {trainer.progress.step}")
     saved = [0.0]
-    with tqdm(total=100, unit="%", disable=None, dynamic_ncols=True) as bar:
+    quiet = None if trainer.rank == 0 else True
+    with tqdm(total=100, unit="%", disable=quiet, dynamic_ncols=True) as bar:
 
         def show(log: StepLog) -> None:
             parts = {"AR": log.ar_loss, "draft": log.diffusion_loss, "right": log.draft_accuracy}
@@ -92,7 +97,9 @@ def train(
     _save(recipe, loaded, corpus, trainer, argv)
     if not trainer.rank:
         finish(out)
-    return Outcome(folder=out, steps=trainer.progress.step, finished=trainer.spent() >= 1.0)
+    finished = trainer.spent() >= 1.0
+    say(f"{'finished' if finished else 'stopped'} after {trainer.progress.step} steps: {out}")
+    return Outcome(folder=out, steps=trainer.progress.step, finished=finished)
 
 
 def finish(out: Path) -> None:
@@ -197,11 +204,14 @@ def _save(
     """Write the adapter as it stands, with what made it."""
     from tidar_ref.training import adapters
 
-    if trainer.network.adapters is None or trainer.rank:
+    if trainer.network.adapters is None:
         return
     from bench.environment import describe, portable
 
+    # Sharded parameters are gathered by all ranks together; the first one writes.
     adapter = adapters.adapter_of(trainer.network, mask_token_id=loaded.source.mask_token_id)
+    if trainer.rank:
+        return
     notes = {
         "recipe": dataclasses.asdict(recipe),
         "command": " ".join(portable(word) for word in argv),
@@ -211,7 +221,8 @@ def _save(
         "clean_tokens": trainer.progress.tokens,
         "training_s": round(trainer.progress.elapsed_s, 1),
         "corpus": corpus.report,
-        "environment": describe(),
+        "environment": describe(trainer.device.type),
+        "ranks": trainer.world,
         "saved": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     folder = trainer.folder / ADAPTER_FOLDER
@@ -225,3 +236,19 @@ def _device(wanted: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
+def _join_ranks(device: str) -> str:
+    """Join the process group when torchrun started us; gives this rank's device."""
+    import torch
+    import torch.distributed as dist
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return device
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if not device.startswith("cuda"):
+        return device
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+def _silent(text: str) -> None:
+    """What ranks other than the first one say."""

@@ -84,14 +84,22 @@ class LowRank(nn.Module):
 
 def adapter_of(network: nn.Module, *, mask_token_id: int) -> Adapter:
     """The adapter a TrainingNetwork has learned (float32, on the CPU)."""
+
+    def whole(value: Tensor) -> Tensor:
+        value = value.detach()
+        gathered = value.full_tensor() if hasattr(value, "full_tensor") else value
+        return gathered.cpu().clone()
+
     factors = {
-        f"layers.{index}.{name}": (part.a.detach().cpu().clone(), part.b.detach().cpu().clone())
+        f"layers.{index}.{name}": (whole(part.a), whole(part.b))
         for index, layer in enumerate(network.layers)
         for name, part in layer.low_rank.items()
     }
-    row = network.mask_embedding.detach().cpu().clone()
     return Adapter(
-        config=network.adapters, mask_token_id=mask_token_id, factors=factors, mask_embedding=row
+        config=network.adapters,
+        mask_token_id=mask_token_id,
+        factors=factors,
+        mask_embedding=whole(network.mask_embedding),
     )
 
 
