@@ -15,6 +15,7 @@ from bench import metrics
 from bench.store import HEADER, RunRecord, read_record
 from bench.tables import REFERENCE, TableRow, table_rows
 
+SLOTS_HEADER = "slots_header.json"  # of a width record (bench/slots/record.py)
 RECORDS_DIR = Path(__file__).resolve().parents[1] / "results" / "records"
 # The paper's means, from its per-task cells.
 GROUPS = {
@@ -66,6 +67,51 @@ def committed_records(folder: Path = RECORDS_DIR) -> tuple[Path, ...]:
     return tuple(sorted(path.parent for path in folder.glob(f"*/{HEADER}")))
 
 
+def committed_width_records(folder: Path = RECORDS_DIR) -> tuple[Path, ...]:
+    """The folders under results/records/ that hold width curves, by name."""
+    return tuple(sorted(path.parent for path in folder.glob(f"*/{SLOTS_HEADER}")))
+
+
+def observe_slots(folder: Path) -> list[Observed]:
+    """A width record's step costs: seconds by width, and steps of decoders in AR steps.
+
+    `params` of a latency holds its width, kv_len and part; batch 1 only.
+    """
+    from bench.profiles import parse_decoders
+    from bench.slots.curves import points, slot_lines
+    from bench.slots.record import read_slots
+
+    record = read_slots(folder)
+    found = [point for point in points(record) if point.batch == 1]
+    device = record.header.environment.get("gpu") or record.header.device
+    shared = {"record": record.name, "adapters": (), "tier": "random", "device": device,
+              "task": "", "whole": True}  # fmt: skip
+    made = []
+    for line in slot_lines(record, found):
+        if line["median_s"] is not None:
+            params = {name: line[name] for name in ("width", "kv_len", "part")}
+            made.append(
+                Observed(
+                    weights=str(line["weights"]), shape=shape_of(str(line["weights"])),
+                    decoder="ar", label=f"forward of {line['width']}", params=params,
+                    metric="latency", value=1000 * float(str(line["median_s"])), low=None,
+                    high=None, n=1, **shared,
+                )
+            )  # fmt: skip
+    for point in found:
+        if point.ratio is not None and point.what.startswith("tidar"):
+            params = {"beta": 1, **dict(parse_decoders([point.what])[0].params)}
+            made.append(
+                Observed(
+                    weights=point.weights, shape=shape_of(point.weights), decoder="tidar",
+                    label=point.what, params={**params, "kv_len": point.kv_len},
+                    metric="step_ratio", value=point.ratio.value, low=point.ratio.low,
+                    high=point.ratio.high, n=point.samples, **shared,
+                )
+            )  # fmt: skip
+    return made
+
+
 def observe(record: RunRecord) -> list[Observed]:
     """Every claim-like number of one record: scores, T/NFE, speeds, step costs, their means."""
     found: list[Observed] = []
@@ -79,8 +125,14 @@ def observe(record: RunRecord) -> list[Observed]:
 
 
 def observe_all(folders: Sequence[Path]) -> list[Observed]:
-    """`observe` over record folders; UserError for a folder that is no record."""
-    return [item for folder in folders for item in observe(read_record(folder))]
+    """`observe` or `observe_slots` over record folders; UserError for a folder that is none."""
+    found: list[Observed] = []
+    for folder in folders:
+        if (folder / SLOTS_HEADER).is_file():
+            found += observe_slots(folder)
+        if (folder / HEADER).is_file() or not (folder / SLOTS_HEADER).is_file():
+            found += observe(read_record(folder))
+    return found
 
 
 def _observed(record: RunRecord, label: str, **values: Any) -> Observed:

@@ -30,7 +30,14 @@ from bench.claims import (
     load_findings,
     load_properties,
 )
-from bench.claims_ours import LENGTHS, Observed, committed_records, observe_all, shape_of
+from bench.claims_ours import (
+    LENGTHS,
+    Observed,
+    committed_records,
+    committed_width_records,
+    observe_all,
+    shape_of,
+)
 from tidar_ref.errors import UserError
 
 REPRODUCED, OFF, PREDICTED = "reproduced", "off", "predicted"
@@ -38,6 +45,7 @@ OTHER_WEIGHTS, OTHER_SETTING, NOT_RUN = "different weights", "different setting"
 VERDICTS = (REPRODUCED, OFF, PREDICTED, OTHER_WEIGHTS, OTHER_SETTING, NOT_RUN)
 # Numbers that depend on the machine as well as on the weights; the claims are of an H100.
 TIMED = {"speedup", "tokens_per_s", "latency", "time", "step_ratio"}
+STEP_COSTS = ("step_ratio", "latency")  # the shape of the weights decides them, not their values
 SHAPES = {"1.5B": "qwen2.5-1.5b", "8B": "qwen3-8b", "32B": "qwen3-32b"}
 # Systems of the paper that our AR rows, whatever their weights, are the counterpart of.
 AR_COUNTERPARTS = ("Qwen2.5 1.5B", "Qwen2.5 1.5B fine-tuned", "Qwen3 8B")
@@ -101,9 +109,17 @@ def _same_quantity(claim: Claim, item: Observed) -> bool:
         return False
     if claim.task != item.task:
         return False
-    if item.tier == "random" and claim.metric != "step_ratio":
+    if item.tier == "random" and claim.metric not in STEP_COSTS:
         return False
-    for name in ("block_len", "beta", "threshold"):
+    if claim.metric == "latency":
+        place = {"width": claim.width, "kv_len": claim.kv_len, **claim.settings}
+        return all(item.params.get(name) in (wanted, None) or wanted is None
+                   for name, wanted in place.items())  # fmt: skip
+    if "outcomes" in item.params:  # the paper's layout is the dense one
+        return False
+    # What a step costs does not depend on beta beyond a few head rows.
+    names = ("block_len",) if claim.metric in STEP_COSTS else ("block_len", "beta", "threshold")
+    for name in names:
         wanted, given = getattr(claim, name), item.params.get(name)
         if wanted is not None and given is not None and float(wanted) != float(given):
             return False
@@ -124,7 +140,7 @@ def _same_quantity(claim: Claim, item: Observed) -> bool:
 
 def _same_weights(claim: Claim, item: Observed) -> bool:
     """The claim's public weights, untouched; for a step cost the same shape is enough."""
-    if claim.metric == "step_ratio":
+    if claim.metric in STEP_COSTS:
         return SHAPES.get(claim.size) == item.shape
     if not claim.weights or " + " in claim.weights or item.adapters:
         return False
@@ -134,7 +150,7 @@ def _same_weights(claim: Claim, item: Observed) -> bool:
 
 
 def _counterpart(claim: Claim, item: Observed) -> bool:
-    if claim.kind != "paper" or claim.metric == "step_ratio":
+    if claim.kind != "paper" or claim.metric in STEP_COSTS:
         return False
     return claim.decoder != "ar" or claim.system in AR_COUNTERPARTS
 
@@ -143,7 +159,7 @@ def _setting_difference(claim: Claim, item: Observed) -> str:
     """Why the same quantity on the same weights is still not the claimed one; empty if it is."""
     if claim.metric in TIMED and "H100" not in item.device:
         return f"measured on {item.device}, claimed for an H100"
-    if claim.metric != "step_ratio" and not item.whole:
+    if claim.metric not in STEP_COSTS and not item.whole:
         return f"{item.n} problems of {item.task}, or a shorter length limit"
     return ""
 
@@ -177,6 +193,7 @@ def _predicted(
         and item.decoder == claim.decoder
         and item.shape == SHAPES.get(claim.size)
         and item.params.get("block_len") == claim.block_len
+        and "outcomes" not in item.params
     ]
     if not costs:
         return None
@@ -274,7 +291,8 @@ def page(records: Sequence[Path], *, form: str = "table", source: str | None = N
     sources = tuple(dict.fromkeys(claim.source for claim in claims))
     if source is not None and source not in sources:
         raise UserError(f"no claim has the source {source!r}; choose one of {', '.join(sources)}")
-    folders = {path.resolve(): path for path in (*committed_records(), *records)}
+    ours = (*committed_records(), *committed_width_records(), *records)
+    folders = {path.resolve(): path for path in ours}
     judged = judge_all(claims, observe_all(tuple(folders.values())))
     judged = [item for item in judged if source in (None, item.claim.source)]
     if form == "csv":

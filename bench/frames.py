@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.claims import load_claims
-from bench.claims_ours import observe
+from bench.claims_ours import SLOTS_HEADER, observe_all
 from bench.claims_verdict import judge_all, to_rows
 from bench.records import Measurement, ScoreRecord, StepRecord
-from bench.store import RunRecord, planned_keys, read_record, read_steps
+from bench.store import HEADER, RunRecord, planned_keys, read_record, read_steps
 from tidar_ref.errors import UserError
 
 if TYPE_CHECKING:
@@ -113,11 +113,14 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "slots": {
         "record": ("", "name of the record folder"),
+        "weights": ("", "name of the weights, or random:<shape>"),
+        "dtype": ("", "number format"),
         "width": ("tokens", "query tokens in one forward"),
         "kv_len": ("tokens", "cached tokens the forward reads"),
         "batch": ("sequences", "sequences in the forward"),
         "part": ("", "total, attention, mlp, head or rest"),
         "median_s": ("s", "median seconds of one forward"),
+        "status": ("", "ok, or why there is no time"),
     },
     "claims": {
         "id": ("", "unique name of the claim"),
@@ -197,18 +200,29 @@ class Frames:
 
 
 def load(paths: str | Path | Sequence[str | Path]) -> Frames:
-    """Read one record folder or several; UserError for a folder that is no record, or no folder."""
+    """Read one record folder or several; a width record fills `slots` and `claims` only.
+
+    UserError for a folder that is no record, or no folder at all.
+    """
     single = isinstance(paths, str | Path)
     folders = [Path(paths)] if single else [Path(path) for path in paths]  # type: ignore[arg-type]
     if not folders:
         raise UserError("bench.load got no record folder; name at least one")
-    records = [(folder, read_record(folder)) for folder in folders]
-    observed = [item for _, record in records for item in observe(record)]
+    records = [
+        (folder, read_record(folder))
+        for folder in folders
+        if (folder / HEADER).is_file() or not (folder / SLOTS_HEADER).is_file()
+    ]
+    observed = observe_all(folders)
     rows: dict[str, list[dict[str, Any]]] = {
         "measurements": [_measurement(r, m) for _, r in records for m in r.measurements],
         "steps": [_step(r, s) for folder, r in records for s in read_steps(folder)],
         "scores": [row for _, r in records for s in r.scores for row in _scores(r, s)],
-        "slots": [{"record": r.name, **row} for folder, r in records for row in slot_rows(folder)],
+        "slots": [
+            {"record": folder.resolve().name, **row}
+            for folder in folders
+            for row in slot_rows(folder)
+        ],
         "claims": to_rows(judge_all(load_claims(), observed)),
         "header": [_header(r) for _, r in records],
     }

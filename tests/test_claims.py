@@ -138,6 +138,31 @@ def test_step_cost_is_judged_on_an_h100_only() -> None:
     assert judge_all([ratio], [cost(shape="qwen2.5-1.5b")])[0].verdict == NOT_RUN
 
 
+def test_a_width_curve_meets_figure_1() -> None:
+    total = claim("figure1/qwen3-32b/w64/k1024/part=total/latency")
+    mlp = claim("figure1/qwen3-32b/w64/part=mlp/latency")
+    place = {"width": 64, "kv_len": 1024, "part": "total"}
+    ours = seen(weights="random:qwen3-32b", tier="random", shape="qwen3-32b", task="",
+                metric="latency", value=33.0, params=place)  # fmt: skip
+    judged = judge_all([total, mlp], [ours])
+    assert [item.verdict for item in judged] == [REPRODUCED, NOT_RUN]
+    part = dataclasses.replace(ours, params={**place, "part": "mlp"}, value=40.0)
+    assert [i.verdict for i in judge_all([total, mlp], [part])] == [NOT_RUN, OFF]
+    for changes, verdict in (
+        ({"device": "cpu"}, OTHER_SETTING), ({"shape": "smollm2-135m"}, NOT_RUN),
+        ({"params": {**place, "width": 32}}, NOT_RUN), ({"value": 40.0}, OFF),
+        ({"params": {**place, "kv_len": 2048}}, NOT_RUN),
+    ):  # fmt: skip
+        assert judge_all([total], [dataclasses.replace(ours, **changes)])[0].verdict == verdict
+
+
+def test_chosen_outcomes_are_not_the_papers_step() -> None:
+    ratio = claim("figure4/tidar-8b-trust-diff/step_ratio")
+    chosen = cost(params={"block_len": 16, "outcomes": "1-4"})
+    assert judge_all([ratio], [chosen])[0].verdict == NOT_RUN
+    assert judge_all([ratio], [cost(params={"block_len": 16, "beta": 1})])[0].verdict == OFF
+
+
 def test_alpha_and_masking_need_weights_that_say_so() -> None:
     tidar = seen(decoder="tidar", label="t", params={"block_len": 4, "beta": 1.0}, tier="small",
                  shape="w", task="gsm8k_cot")  # fmt: skip

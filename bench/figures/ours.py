@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.claims_ours import Observed, observe
+from bench.claims_ours import SLOTS_HEADER, Observed, observe_all
 from bench.frames import slot_rows
-from bench.store import RunRecord, read_record
+from bench.store import HEADER, RunRecord, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,16 @@ class Ours:
 
 def gather(folders: Sequence[Path]) -> Ours:
     """Read record folders; none is allowed and gives figures of the paper alone."""
-    records = [(folder, read_record(folder)) for folder in folders]
+    folders = [Path(folder) for folder in folders]
+    runs = [
+        folder
+        for folder in folders
+        if (folder / HEADER).is_file() or not (folder / SLOTS_HEADER).is_file()
+    ]
     return Ours(
-        records=tuple(record for _, record in records),
-        observed=tuple(item for _, record in records for item in observe(record)),
-        slots={record.name: rows for folder, record in records if (rows := slot_rows(folder))},
+        records=tuple(read_record(folder) for folder in runs),
+        observed=tuple(observe_all(runs)),
+        slots={folder.resolve().name: rows for folder in folders if (rows := slot_rows(folder))},
     )
 
 
