@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from bench import metrics, validity
 from bench.metrics import Interval
@@ -119,7 +121,7 @@ def _row(
     cell, pair = (decoder, task), ((decoder, task), (REFERENCE, task))
     seen = run.cells.get(cell)
     latency = [row.prefill_s + row.decode_s for row in mine]
-    system, paper_score, paper_ratio = _paper(record, task, header.decoders[decoder]["name"])
+    system, paper_score, paper_ratio = _paper(record, task, header.decoders[decoder])
     return TableRow(
         task=task,
         shots=header.data[task]["shots"],
@@ -172,7 +174,7 @@ def _headline(record: RunRecord, task: str, decoder: str) -> ScoreRecord | None:
 
 
 def _paper(
-    record: RunRecord, task: str, decoder_name: str
+    record: RunRecord, task: str, decoder: Mapping[str, Any]
 ) -> tuple[str | None, float | None, float | None]:
     """The paper's system of this kind, its score in % and its T/NFE; None where it has no cell."""
     from bench.paper import TIDAR_1P5B, TIDAR_8B, paper_value
@@ -181,7 +183,9 @@ def _paper(
     system = {
         "ar": "Qwen3 8B" if large else "Qwen2.5 1.5B",
         "tidar": TIDAR_8B if large else TIDAR_1P5B,
-    }.get(decoder_name)
+    }.get(decoder["name"])
+    if "outcomes" in decoder["params"]:  # the paper drafts every outcome
+        system = None
     if system is None or record.header.weights["tier"] == "random":
         return None, None, None
     score, ratio = (paper_value(task, metric, system) for metric in ("score", "t_per_nfe"))

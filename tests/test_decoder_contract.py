@@ -109,6 +109,7 @@ def test_ledger_and_determinism(name: str, params: dict) -> None:
         assert [t.token_ids for t in batch] == [t.token_ids for t in again]
         for prompt, trace in zip(prompts, batch, strict=True):
             check_ledger(trace, prompt, 17)
+            check_drafts(trace)
             assert trace.token_ids == generate(decoder, [prompt], max_new_tokens=17)[0].token_ids
     finally:
         for handle in handles:

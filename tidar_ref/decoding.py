@@ -121,6 +121,7 @@ def generate(
     every step and the backbone inside it; "total" times the whole (the headline's mode).
     """
     _check(prompts, max_new_tokens, clock, decoder.model.config.vocab_size)
+    _check_masks(prompts, getattr(decoder.model, "mask_adapter", None))
     sampling = sampling or Sampling()
     rows = [_Sequence(stop() if stop else None, eos_ids, max_new_tokens) for _ in prompts]
     device = decoder.model.device
@@ -212,6 +213,7 @@ def _row(step: StepTrace, index: int) -> StepTrace:
         kv_len=(step.kv_len[index],),
         drafted=(step.drafted[index],),
         accepted=(step.accepted[index],),
+        draft_tokens=None if step.draft_tokens is None else (step.draft_tokens[index],),
     )
 
 
@@ -272,4 +274,16 @@ def _check(
             raise UserError(
                 f"prompt {index} has token ids in {min(prompt)}..{max(prompt)} but the vocabulary"
                 f" has {vocab_size}: use the tokenizer of these weights"
+            )
+
+
+def _check_masks(prompts: Sequence[Sequence[int]], adapter: Any) -> None:
+    """An adapter gated to masks would take a mask token of the prompt for one of the decoder's."""
+    if adapter is None:
+        return
+    for index, prompt in enumerate(prompts):
+        if adapter.token_id in prompt:
+            raise UserError(
+                f"prompt {index} contains the mask token {adapter.token_id}, on which the adapter"
+                " of these weights acts: remove it from the text"
             )
