@@ -127,10 +127,7 @@ def median_interval(rounds: Sequence[np.ndarray]) -> Interval:
     value = float(np.median(np.concatenate(rounds)))
     if len(rounds) < 2:
         return Interval(value=value, low=None, high=None, n=len(rounds))
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    picks = rng.integers(0, len(rounds), size=(DRAWS, len(rounds)))
-    medians = [np.median(np.concatenate([rounds[i] for i in row])) for row in picks]
-    low, high = np.percentile(medians, [2.5, 97.5])
+    low, high = np.percentile(_drawn_medians(rounds, _picks(len(rounds))), [2.5, 97.5])
     return Interval(value=value, low=float(low), high=float(high), n=len(rounds))
 
 
@@ -139,17 +136,24 @@ def ratio_interval(mine: dict[int, np.ndarray], theirs: dict[int, np.ndarray]) -
     shared = sorted(set(mine) & set(theirs))
     if not shared:
         return None
-
-    def ratio(rounds: Sequence[int]) -> float:
-        top = np.median(np.concatenate([mine[r] for r in rounds]))
-        return float(top / np.median(np.concatenate([theirs[r] for r in rounds])))
-
+    top, bottom = [mine[r] for r in shared], [theirs[r] for r in shared]
+    value = float(np.median(np.concatenate(top)) / np.median(np.concatenate(bottom)))
     if len(shared) < 2:
-        return Interval(value=ratio(shared), low=None, high=None, n=len(shared))
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    draws = [ratio(rng.choice(shared, size=len(shared))) for _ in range(DRAWS)]
+        return Interval(value=value, low=None, high=None, n=len(shared))
+    picks = _picks(len(shared))
+    draws = _drawn_medians(top, picks) / _drawn_medians(bottom, picks)
     low, high = np.percentile(draws, [2.5, 97.5])
-    return Interval(value=ratio(shared), low=float(low), high=float(high), n=len(shared))
+    return Interval(value=value, low=float(low), high=float(high), n=len(shared))
+
+
+def _picks(rounds: int) -> np.ndarray:
+    """[draws, rounds] indices of rounds, drawn with replacement; always the same."""
+    return np.random.default_rng(BOOTSTRAP_SEED).integers(0, rounds, size=(DRAWS, rounds))
+
+
+def _drawn_medians(rounds: Sequence[np.ndarray], picks: np.ndarray) -> np.ndarray:
+    """Median of the pooled samples of each draw; every visit of a cell has as many samples."""
+    return np.median(np.stack(rounds)[picks].reshape(len(picks), -1), axis=1)
 
 
 def free_slots(curve: Sequence[Point], tolerance: float, *, head: bool = True) -> FreeSlots | None:
