@@ -45,9 +45,10 @@ def distilled(corpus: Corpus, loaded: LoadedModel, recipe: Recipe, out: Path) ->
         (index for index, pair in enumerate(corpus.pairs) if pair.id not in answers),
         key=lambda index: len(corpus.examples[index].prompt),
     )
-    with path.open("a", encoding="utf-8") as file, tqdm(
-        total=len(corpus.pairs), initial=len(answers), unit="answer", disable=None
-    ) as bar:
+    with (
+        path.open("a", encoding="utf-8") as file,
+        tqdm(total=len(corpus.pairs), initial=len(answers), unit="answer", disable=None) as bar,
+    ):
         for start in range(0, len(order), BATCH):
             group = order[start : start + BATCH]
             traces = generate(

@@ -16,7 +16,7 @@ from tidar_ref.errors import UserError
 from tidar_ref.training import adapters
 from tidar_ref.training.adapters import AdapterConfig
 from tidar_ref.training.network import TrainingNetwork
-from tidar_ref.training.rows import Objective
+from tidar_ref.training.rows import Example, Objective
 from tidar_ref.training.trainer import TrainConfig, Trainer
 
 OBJECTIVE = Objective(block_lens=(3, 4), grids=2)
@@ -105,11 +105,13 @@ def test_files_survive_the_round_trip_and_merge_to_the_same_logits(
                 part.a.copy_(part.a.to(torch.bfloat16))
                 part.b.copy_(part.b.to(torch.bfloat16))
     ours, real = logits_of(network, rows), torch.arange(16) != MASK
-    torch.testing.assert_close(logits_of(merged, rows)[:, real], ours[:, real], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits_of(merged, rows)[:, real], ours[:, real], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_peft_reads_an_everywhere_adapter_into_transformers(tmp_path: Path) -> None:
-    """Our file on transformers' Qwen3 through PeftModel gives our logits with the adapter merged."""
+    """Our file on transformers' Qwen3 through PeftModel gives our merged model's logits."""
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     from tidar_ref.checkpoint import load
@@ -167,9 +169,7 @@ def test_peft_reads_an_everywhere_adapter_into_transformers(tmp_path: Path) -> N
     assert (plain - wanted)[:, real].abs().max() > 0.05  # the adapter does something
 
 
-def _document(ids: list[int]):
-    from tidar_ref.training.rows import Example
-
+def _document(ids: list[int]) -> Example:
     return Example(prompt=(), response=tuple(ids))
 
 
@@ -236,14 +236,10 @@ def test_decoding_uses_the_adapter_as_training_did(tmp_path: Path, placement: st
     rows = rows_of([doc], Objective(block_lens=(4,), random_offset=False))
     wanted = network.hidden_states(rows).detach()[rows.clean :].view(-1, 4, 32)
     for number, start in enumerate((5, 9)):
-        cache = KVCache(
-            config, batch=1, max_len=32, scratch=8, dtype=torch.float32, device="cpu"
-        )
+        cache = KVCache(config, batch=1, max_len=32, scratch=8, dtype=torch.float32, device="cpu")
         ids = torch.tensor([[*doc.tokens[:start], *[MASK] * 4]])
         with torch.inference_mode():
-            hidden = model(
-                ids, prefill_positions(start, 4)[None], cache, prefill_mask(start, 4)
-            )
+            hidden = model(ids, prefill_positions(start, 4)[None], cache, prefill_mask(start, 4))
         torch.testing.assert_close(hidden[0, start:], wanted[number], atol=1e-4, rtol=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""The verb `train`: a recipe end to end on a tiny model, its card, resume, distillation, bad input."""
+"""The verb `train`: recipes end to end on a tiny model, cards, resume, distillation, bad input."""
 
 from __future__ import annotations
 

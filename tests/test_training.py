@@ -4,6 +4,9 @@ no leak, gradients, resume, learning. Adapters and ranks: test_adapters.py, test
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import oracles
 import pytest
@@ -14,7 +17,7 @@ from tidar_ref.errors import UserError
 from tidar_ref.training.attention import attention
 from tidar_ref.training.network import TrainingNetwork, objective_loss
 from tidar_ref.training.rows import IGNORE, Example, Objective, Rows, build_rows, visible
-from tidar_ref.training.trainer import LOG_FILE, TrainConfig, Trainer
+from tidar_ref.training.trainer import LOG_FILE, StepLog, TrainConfig, Trainer
 
 MASK = tiny.MASK
 TIDAR3 = Objective(block_lens=(3,), random_offset=False)
@@ -264,7 +267,7 @@ def test_chunked_head_gives_the_same_loss_and_gradient(monkeypatch: pytest.Monke
     torch.testing.assert_close(cut[1], whole[1])
 
 
-def fresh(folder, examples: list[Example] | None = None, **config) -> Trainer:
+def fresh(folder: Path, examples: list[Example] | None = None, **config: Any) -> Trainer:
     """A trainer on a fresh copy of the same tiny model."""
     state = oracles.random_state(oracles.tiny_config("qwen3", vocab=16), 3, std=0.1)
     model = tiny.model_of(oracles.tiny_config("qwen3", vocab=16), state)
@@ -279,7 +282,7 @@ def fresh(folder, examples: list[Example] | None = None, **config) -> Trainer:
     )
 
 
-def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path) -> None:
+def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
     whole = fresh(tmp_path / "whole")
     whole.run()
     first = fresh(tmp_path / "broken")
@@ -294,7 +297,7 @@ def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path) -> None:
     assert not fresh(tmp_path / "elsewhere").resume()
 
 
-def test_log_holds_every_step_once_after_a_kill_and_resume(tmp_path) -> None:
+def test_log_holds_every_step_once_after_a_kill_and_resume(tmp_path: Path) -> None:
     """Steps after the last checkpoint are lost with the process; their lines must not stay."""
     first = fresh(tmp_path, steps=3)
     first.run()
@@ -307,7 +310,7 @@ def test_log_holds_every_step_once_after_a_kill_and_resume(tmp_path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_accumulation_does_not_change_the_step(tmp_path) -> None:
+def test_accumulation_does_not_change_the_step(tmp_path: Path) -> None:
     results = []
     for micro in (1, 2, 4):
         trainer = fresh(tmp_path / str(micro), micro_batch=micro)
@@ -319,7 +322,7 @@ def test_accumulation_does_not_change_the_step(tmp_path) -> None:
         torch.testing.assert_close(weight, results[0][1], atol=1e-5, rtol=1e-4)
 
 
-def test_it_learns_text_and_not_shuffled_labels(tmp_path) -> None:
+def test_it_learns_text_and_not_shuffled_labels(tmp_path: Path) -> None:
     """Periodic text becomes certain; the same tokens with labels drawn at random do not."""
     text = [
         Example(prompt=(), response=tuple((start + i) % 5 for i in range(14))) for start in range(5)
@@ -338,13 +341,13 @@ def test_it_learns_text_and_not_shuffled_labels(tmp_path) -> None:
     assert logs[-1].draft_accuracy < 0.3
 
 
-def test_signal_ends_the_run_with_a_checkpoint(tmp_path) -> None:
+def test_signal_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     import os
     import signal
 
     trainer = fresh(tmp_path, steps=1000)
 
-    def stop(log) -> None:
+    def stop(log: StepLog) -> None:
         if log.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -354,7 +357,7 @@ def test_signal_ends_the_run_with_a_checkpoint(tmp_path) -> None:
     assert again.resume() and again.progress.step == 2
 
 
-def test_schedule_and_epochs(tmp_path) -> None:
+def test_schedule_and_epochs(tmp_path: Path) -> None:
     trainer = fresh(tmp_path, steps=100, warmup=0.1, min_lr_ratio=0.3)
     assert trainer.rate_at(0.05) == pytest.approx(0.5)
     assert trainer.rate_at(0.1) == pytest.approx(1.0)
@@ -376,6 +379,6 @@ def test_schedule_and_epochs(tmp_path) -> None:
         (lambda: rows_of([Example(prompt=(1, 2), response=())], TIDAR3), "document 0"),
     ],
 )
-def test_impossible_settings_are_refused(make, words: str) -> None:
+def test_impossible_settings_are_refused(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(UserError, match=words.replace("(", r"\(").replace(")", r"\)")):
         make()

@@ -129,7 +129,9 @@ def apply(model: Transformer, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], *, rank: int, mask_token_id: int) -> tuple[Adapter, float]:
+def difference(
+    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], *, rank: int, mask_token_id: int
+) -> tuple[Adapter, float]:
     """A full fine-tune as the best rank-r difference to its base, and the share of it captured.
 
     base, tuned: state dicts. The share is captured energy (sum of squares) over all products; norms
@@ -150,11 +152,15 @@ def difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], *, rank:
         factors[product] = (a, b)
         kept, whole = kept + float((s[:r] ** 2).sum()), whole + float((s**2).sum())
     row = tuned["embed.weight"][mask_token_id].float().cpu().clone()
-    adapter = Adapter(config=config, mask_token_id=mask_token_id, factors=factors, mask_embedding=row)
+    adapter = Adapter(
+        config=config, mask_token_id=mask_token_id, factors=factors, mask_embedding=row
+    )
     return adapter, kept / whole if whole else 1.0
 
 
-def save(adapter: Adapter, folder: Path, config: ModelConfig, *, base: str, notes: Mapping[str, Any]) -> Path:
+def save(
+    adapter: Adapter, folder: Path, config: ModelConfig, *, base: str, notes: Mapping[str, Any]
+) -> Path:
     """Write peft's two files, tensors in bfloat16, and tidar.json with `notes`."""
     from safetensors.torch import save_file
 
@@ -167,7 +173,9 @@ def save(adapter: Adapter, folder: Path, config: ModelConfig, *, base: str, note
             tensors[f"{prefix}.lora_B.weight"] = b[rows].to(torch.bfloat16).contiguous()
     # q, k and v hold the same A: safetensors wants no shared storage.
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
-    modules = sorted({m.rpartition(".")[2] for n in adapter.factors for m, _ in _modules(n, config)})
+    modules = sorted(
+        {m.rpartition(".")[2] for n in adapter.factors for m, _ in _modules(n, config)}
+    )
     text = {
         "peft_type": PEFT_TYPES[adapter.config.placement],
         "task_type": "CAUSAL_LM",
@@ -245,7 +253,9 @@ def _joined(
         keys = [f"base_model.model.{module}.lora_{x}.weight" for x in "AB"]
         missing = [key for key in keys if key not in tensors]
         if missing:
-            raise UserError(f"adapter {folder.name} has no tensor {missing[0]}: it fits no fused {name}")
+            raise UserError(
+                f"adapter {folder.name} has no tensor {missing[0]}: it fits no fused {name}"
+            )
         a, b = (tensors[key].float() for key in keys)
         if b.shape[0] != rows.stop - rows.start:
             raise UserError(

@@ -80,9 +80,7 @@ def _blocked(rows: Rows, groups: int, dtype: torch.dtype) -> Attend:
     return attend
 
 
-def _pieces(
-    rows: Rows, number: int, part: int, groups: int, dtype: torch.dtype
-) -> list[_Piece]:
+def _pieces(rows: Rows, number: int, part: int, groups: int, dtype: torch.dtype) -> list[_Piece]:
     clean, own = rows.documents[number][0], rows.documents[number][part]
     pieces, start = [], own.start
     while start < own.stop:

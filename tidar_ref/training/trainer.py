@@ -195,9 +195,7 @@ class Trainer:
         for rows in parts:
             with autocast or nullcontext():
                 losses = self.network(rows.to(self.device), self.objective)
-            loss = objective_loss(
-                losses, self.objective, ar_rows=ar_rows, diffusion_weight=weight
-            )
+            loss = objective_loss(losses, self.objective, ar_rows=ar_rows, diffusion_weight=weight)
             # FSDP averages gradients over ranks; ours are shares of one sum.
             (loss * self.world).backward()
             sums += torch.tensor(
@@ -244,7 +242,9 @@ class Trainer:
             # Half a step in, so that the very first step learns something.
             return max(spent / config.warmup, 0.05)
         turn = (spent - config.warmup) / max(1 - config.warmup, 1e-9)
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * turn))
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (
+            1 + math.cos(math.pi * turn)
+        )
 
     def batch_indices(self, step: int) -> list[int]:
         """Which examples step number `step` (from 0) sees, all ranks together.
