@@ -411,6 +411,27 @@ def test_text_of_a_record_cannot_leave_the_script(report: tuple[str, str, Path])
     assert json.loads(block)["records"][0]["pieces"] and "<" not in block
 
 
+def test_a_width_record_joins_the_page(record: Path, tmp_path: Path) -> None:
+    """Its curve and its tables; alone it is refused, for the page is about runs."""
+    slots = pytest.importorskip("bench.slots.commands")
+    pytest.importorskip("torch")
+    assert slots
+    folder = tmp_path / "curve"
+    words = ["--weights", "random:tiny", "--widths", "1,4", "--kv", "16", "--rounds", "2"]
+    words += ["--samples", "1", "--dtype", "float32", "--no-split", "--decoders", "ar"]
+    assert main(["slots", *words, "--out", str(folder)]) == 0
+    run = Source(folder=record, record=read_record(record))
+    [widths] = [s for s in build([run], curves=[folder], paper_figures=False) if s.id == "widths"]
+    text = "\n".join(map(markup.part_markdown, widths.parts))
+    measured = [json.loads(line) for line in (folder / "slots.jsonl").read_text().splitlines()]
+    assert [point["width"] for point in measured] == [1, 4]
+    for point in measured:
+        assert f"| 16 | {point['width']} | {1000 * point['median_s']:.2f} |" in text
+    assert "Table: steps of decoders" in text and "Tables of curve" in text
+    with pytest.raises(UserError, match="only width records"):
+        write_report([folder], tmp_path)
+
+
 def test_random_weights_are_played_without_a_rate(tmp_path: Path) -> None:
     text = twin(lean(made(tmp_path / "noise", tier="random")), "x")
     [player_section] = [s for s in lean(tmp_path / "noise") if s.id == "player"]

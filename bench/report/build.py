@@ -17,10 +17,11 @@ from bench.report.costs import quality, utilisation, widths
 from bench.report.markup import Section, part_html, part_markdown
 from bench.report.player import HOW_TO_READ, examples, player
 from bench.report.sections import Source
-from bench.store import read_record, write_whole
+from bench.store import HEADER, read_record, write_whole
 from tidar_ref.errors import UserError
 
 HTML, MARKDOWN = "report.html", "report.md"
+SLOTS = "slots.jsonl"
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> tuple[Path, Path]:
@@ -33,12 +34,16 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> tuple[Path
         raise UserError("a report of several records belongs to none: name a folder with --out")
     target = out or folders[0]
     title = "TiDAR, measured"
-    sources = [_source(folder) for folder in folders]
+    # A width record has no run in it: its curves join the page, its header is its own.
+    curves = [f for f in folders if (f / SLOTS).exists() and not (f / HEADER).exists()]
+    sources = [_source(folder) for folder in folders if folder not in curves]
+    if not sources:
+        raise UserError("only width records are named; name the record of a run too")
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {target} ({error.strerror}); name another --out") from error
-    made = build(sources)
+    made = build(sources, curves=curves)
     write_whole(target / HTML, page(made, title))
     write_whole(target / MARKDOWN, twin(made, title))
     return target / HTML, target / MARKDOWN
@@ -51,9 +56,12 @@ def _source(folder: Path) -> Source:
     return Source(folder=folder, record=record)
 
 
-def build(sources: Sequence[Source], *, paper_figures: bool = True) -> list[Section]:
+def build(
+    sources: Sequence[Source], *, curves: Sequence[Path] = (), paper_figures: bool = True
+) -> list[Section]:
     """All sections in reading order; a section that has nothing to say is left out.
 
+    curves: folders of width records (`bench slots`).
     The paper's figures are drawn by matplotlib and take seconds: a caller may do without.
     """
     names = [source.record.name for source in sources]
@@ -77,7 +85,7 @@ def build(sources: Sequence[Source], *, paper_figures: bool = True) -> list[Sect
         sections.step_costs(sources),
         quality(sources, paper_figures=paper_figures),
         acceptance(sources),
-        widths(sources, paper_figures=paper_figures),
+        widths(sources, curves, paper_figures=paper_figures),
         sections.claims(sources),
         utilisation(sources),
         sections.validity(sources),

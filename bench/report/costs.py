@@ -6,9 +6,10 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 from bench import validity
-from bench.report.markup import Figure, Part, Section, table
+from bench.report.markup import Figure, Folded, Part, Section, table
 from bench.report.plots import Point, Series, points
 from bench.report.sections import Source, lettered, rows_of
 from bench.store import read_steps
@@ -67,7 +68,9 @@ def _times(low: float | None, high: float | None, scale: float) -> tuple[float, 
     return None if low is None or high is None else (scale * low, scale * high)
 
 
-def widths(sources: Sequence[Source], *, paper_figures: bool) -> Section:
+def widths(
+    sources: Sequence[Source], curves: Sequence[Path], *, paper_figures: bool
+) -> Section:
     """Step time over query width: operating points, and the curve where a record holds one."""
     parts: list[Part] = [
         "A wider forward carries more query tokens: `ar` sends 1, dense `tidar` K(K+1). Where the "
@@ -80,6 +83,8 @@ def widths(sources: Sequence[Source], *, paper_figures: bool) -> Section:
         figure = _widths(source)
         if figure:
             parts.append(figure)
+    for folder in curves:
+        parts += _width_record(folder)
     if paper_figures:
         parts.append(paper_figure("figure1", "Figure 1", sources))
     return Section(id="widths", title="Step time by query width", parts=parts)
@@ -87,7 +92,7 @@ def widths(sources: Sequence[Source], *, paper_figures: bool) -> Section:
 
 def _widths(source: Source) -> Figure | None:
     record, header = source.record, source.record.header
-    curves, curve_rows = _curves(source)
+    curves, curve_rows = _curves(source.folder)
     operating, rows = _operating_points(source)
     if not curves and not operating:
         return None
@@ -107,12 +112,58 @@ def _widths(source: Source) -> Figure | None:
     )  # fmt: skip
 
 
-def _curves(source: Source) -> tuple[list[Series], list[tuple[str, ...]]]:
+def _width_record(folder: Path) -> list[Part]:
+    """The curve of a width record with the decoders' own steps on it, and its tables."""
+    from bench.frames import slot_rows
+    from bench.slots.curves import points as measured
+    from bench.slots.page import to_markdown
+    from bench.slots.record import OK, read_slots
+
+    record = read_slots(folder)
+    found = measured(record)
+    curves, rows = _curves(folder)
+    if not curves:
+        return []
+    steps = [
+        p
+        for p in found
+        if p.job == record.plan.figure1 and p.status == OK and p.batch == 1
+        and not p.what.startswith("forward:") and p.latency and p.width
+    ]  # fmt: skip
+    longest = max((p.kv_len for p in steps), default=0)
+    spots = [
+        Point(x=p.width, y=1000 * p.latency.value, label=p.what)
+        for p in steps
+        if p.kv_len == longest
+    ]
+    operating = [Series(name=f"steps of decoders, KV {longest}", points=spots)] if spots else []
+    weights = ", ".join(dict.fromkeys(f"{r['weights']} {r['dtype']}" for r in slot_rows(folder)))
+    env = record.header.environment
+    caption = f"Width curve, {record.name}"
+    drawn = points(
+        [*curves, *operating], x="query tokens in a forward (log scale)", y="ms", x_log2=True,
+        alt=caption,
+    )  # fmt: skip
+    numbers = table(("KV length", "width", "ms"), rows)
+    if steps:
+        body = [
+            (p.what, str(p.kv_len), str(p.width), f"{1000 * p.latency.value:.2f}") for p in steps
+        ]
+        head = ("decoder", "KV length", "width", "ms")
+        numbers += f"\n\nTable: steps of decoders\n\n{table(head, body)}"
+    where = env.get("gpu") or env.get("cpu")
+    return [
+        Figure(caption=f"{caption}. {weights}, {where}.", svg=drawn, numbers=numbers),
+        Folded(title=f"Tables of {record.name}", markdown=to_markdown(record, found)),
+    ]
+
+
+def _curves(folder: Path) -> tuple[list[Series], list[tuple[str, ...]]]:
     """One joined series per KV length of the record's width points: whole forwards at batch 1."""
     from bench.frames import slot_rows
 
     found: dict[int, list[Point]] = {}
-    for row in slot_rows(source.folder):
+    for row in slot_rows(folder):
         whole = row.get("part", "total") == "total" and row.get("batch", 1) == 1
         if whole and row.get("median_s") is not None:
             point = Point(x=row["width"], y=1000 * row["median_s"])
