@@ -25,9 +25,10 @@ PANELS = 3
 def draw_slots(folder: Path, job: str | None = None) -> list[Path]:
     """slots.svg and slots.png in the record folder; nothing if the job has no forwards yet.
 
-    job: which one; by default the plan's Figure 1.
+    job: which one, drawn as slots-<job>.*; by default the plan's Figure 1.
     """
     record = read_slots(folder)
+    stem = f"slots-{job}" if job else "slots"
     job = job or record.plan.figure1
     mine = [p for p in points(record) if p.job == job and p.status == OK]
     lengths = sorted({p.kv_len for p in mine if p.what.startswith("forward:")})[:PANELS]
@@ -40,7 +41,7 @@ def draw_slots(folder: Path, job: str | None = None) -> list[Path]:
             _panel(axis, [p for p in mine if p.kv_len == kv_len], kv_len)
         finish(figure, _title(record, mine[0]), _notes(mine[0]), list(axes[0]), 4)
         for kind in ("svg", "png"):
-            path = folder / f"slots.{kind}"
+            path = folder / f"{stem}.{kind}"
             save(figure, path, kind)
             written.append(path)
     return written

@@ -15,11 +15,11 @@ from tidar_ref.errors import UserError
 def slots(args: argparse.Namespace, *, runs: Path, argv: Sequence[str]) -> None:
     """`bench slots` with its parsed options; UserError for what no run could have."""
     if args.tables:
-        from bench.figures.slots import draw_slots
         from bench.slots.page import write_page
 
         print(write_page(args.tables), end="")
-        draw_slots(args.tables)
+        for path in draw_all(args.tables):
+            print(f"written: {path}")
         return
     from bench.harness import DTYPES, resolve_device
 
@@ -109,7 +109,6 @@ def measure(
     from tqdm import tqdm
 
     from bench import environment
-    from bench.figures.slots import draw_slots
     from bench.slots import engine
     from bench.slots.page import write_page
 
@@ -145,13 +144,23 @@ def measure(
     finally:
         store.close()
     say("\n" + write_page(folder))
-    for path in draw_slots(folder):
+    for path in draw_all(folder):
         say(f"written: {path}")
     if not finished:
         say(
             f"the budget of {budget_s:g} s is spent: the same command with --out {folder} continues"
         )
     return folder
+
+
+def draw_all(folder: Path) -> list[Path]:
+    """The figure of the plan's Figure 1 job, and one of every other job with forwards."""
+    from bench.figures.slots import draw_slots
+    from bench.slots.record import read_slots
+
+    plan = read_slots(folder).plan
+    others = [job.name for job in plan.jobs if job.widths and job.name != plan.figure1]
+    return [path for job in (None, *others) for path in draw_slots(folder, job)]
 
 
 def _folder(plan: Plan, runs: Path, header: object) -> Path:
