@@ -18,7 +18,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help setup test test-all check smoke reproduce tables report regress doctor
+.PHONY: slots help setup test test-all check smoke reproduce tables report regress doctor
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -55,6 +55,9 @@ report: $(READY) ## one page of one or more records: ARGS="<folder> ... --out <f
 
 regress: $(READY) ## this checkout against another one: BASE=<git ref>
 	$(PY) -m bench regress --base "$(BASE)" $(ARGS)
+
+slots: $(READY) ## what a forward costs by width: free token slots of this machine
+	$(PY) -m bench slots $(ARGS)
 
 doctor: $(READY) ## what this machine can and cannot run
 	$(PY) -m bench doctor $(ARGS)
