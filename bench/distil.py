@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.recipes import Recipe
+from tidar_ref.errors import UserError
 
 if TYPE_CHECKING:
     from bench.corpora.mixture import Corpus
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from tidar_ref.training.rows import Example
 
 ANSWERS_FILE = "distilled.jsonl"
-BATCH = 16
-MAX_NEW_TOKENS = 64
+BATCH = 16  # prompts decoded together on a CPU; a GPU takes more
 
 
 def distilled(corpus: Corpus, loaded: LoadedModel, recipe: Recipe, out: Path) -> Corpus:
@@ -45,16 +45,19 @@ def distilled(corpus: Corpus, loaded: LoadedModel, recipe: Recipe, out: Path) ->
         (index for index, pair in enumerate(corpus.pairs) if pair.id not in answers),
         key=lambda index: len(corpus.examples[index].prompt),
     )
+    if any(not example.prompt for example in corpus.examples):
+        raise UserError(f"recipe {recipe.name} distils plain text, which asks nothing: drop it")
     with (
         path.open("a", encoding="utf-8") as file,
         tqdm(total=len(corpus.pairs), initial=len(answers), unit="answer", disable=None) as bar,
     ):
-        for start in range(0, len(order), BATCH):
-            group = order[start : start + BATCH]
+        batch = BATCH if loaded.model.device.type == "cpu" else 16 * BATCH
+        for start in range(0, len(order), batch):
+            group = order[start : start + batch]
             traces = generate(
                 decoder,
                 [corpus.examples[index].prompt for index in group],
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=recipe.answer_tokens,
                 eos_ids=eos,
             )
             for index, trace in zip(group, traces, strict=True):

@@ -27,8 +27,8 @@ class Recipe:
 
     weights: what `tidar_ref.checkpoint.load` takes. objective, adapter (None: all parameters) and
     train are the keyword arguments of the classes of tidar_ref.training. Documents of more than
-    max_tokens are left out (counted in the card). distil: answers are written by the weights
-    themselves (greedy) instead of taken from the sources.
+    max_tokens are left out (counted in the card), plain text is cut. distil: answers of up to
+    answer_tokens are written by the weights themselves (greedy) instead of taken from the sources.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Recipe:
     adapter: dict[str, Any] | None = field(default_factory=lambda: dict(rank=32, alpha=32.0))
     max_tokens: int = 4096
     distil: bool = False
+    answer_tokens: int = 64
     dtype: str = "float32"
     device: str = "auto"
 
@@ -87,6 +88,90 @@ SMOLLM2_RANDOM_MASK = dataclasses.replace(
     objective=dict(kind="tidar", block_lens=(4, 8), grids=2, masking="random"),
 )
 
+# On one H100: the embedded tier again on many more tokens. Five runs fit 25 minutes at 4.5 each.
+H100_TRAIN = dict(
+    minutes=4.5,
+    batch=256,
+    micro_batch=128,
+    lr=2e-3,
+    min_lr_ratio=0.05,
+    warmup=0.05,
+    weight_decay=0.0,
+    autocast=True,
+)
+H100_MIX = (
+    Source(name="gsm8k-chains"),
+    Source(name="templates", count=120_000),
+    Source(name="python", count=8_000),
+)
+
+
+def _h100(name: str, purpose: str, **objective: Any) -> Recipe:
+    return dataclasses.replace(
+        SMOLLM2_AR,
+        name=f"h100-smollm2-{name}",
+        purpose=purpose,
+        objective=objective,
+        train=H100_TRAIN,
+        mixture=H100_MIX,
+        max_tokens=256,
+        device="cuda",
+    )
+
+
+H100_EMBEDDED = (
+    _h100("ar", "the quality reference of the h100-smollm2 runs", kind="ar"),
+    *(
+        _h100(f"k{k}", f"the joint model, K = {k}", kind="tidar", block_lens=(k,), grids=2)
+        for k in (4, 8, 16)
+    ),
+    _h100("block-diffusion", "the baseline, K = 8", kind="block_diffusion", block_lens=(8,)),
+    _h100(
+        "random-mask", "ablation, K = 8", kind="tidar", block_lens=(8,), grids=2, masking="random"
+    ),
+    *(
+        _h100(f"alpha{a}", f"ablation, K = 16, alpha {a}", kind="tidar", block_lens=(16,), alpha=a)
+        for a in (0.8, 1.2)
+    ),
+)
+# On one H100, small tier: drafts for the base's own answers on mask rows (its scores stay), and
+# the joint model beside its AR reference.
+SMALL_MIX = (
+    Source(name="gsm8k-chains"),
+    Source(name="templates", count=4_000),
+    Source(name="mbpp-clean"),
+    Source(name="gpteacher"),
+)
+H100_SMALL_GATED = Recipe(
+    name="h100-qwen0.5b-gated",
+    purpose="drafts of Qwen2.5-Coder-0.5B-Instruct's own answers, K = 8 and 16, mask rows only",
+    weights="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+    objective=dict(kind="tidar", block_lens=(8, 16), grids=2),
+    adapter=dict(rank=16, alpha=16.0, placement="mask"),
+    train={**H100_TRAIN, "minutes": 15, "batch": 64, "micro_batch": 32},
+    mixture=SMALL_MIX,
+    max_tokens=512,
+    distil=True,
+    answer_tokens=256,
+    dtype="bfloat16",
+    device="cuda",
+)
+H100_SMALL = tuple(
+    dataclasses.replace(
+        H100_SMALL_GATED,
+        name=f"h100-qwen0.5b-{name}",
+        purpose=purpose,
+        objective=objective,
+        adapter=dict(rank=16, alpha=16.0, placement="all"),
+        train={**H100_SMALL_GATED.train, "minutes": 6, "lr": 5e-4},
+    )
+    for name, purpose, objective in (
+        ("ar", "the quality reference of h100-qwen0.5b-k8", dict(kind="ar")),
+        ("k8", "the joint model, K = 8", dict(kind="tidar", block_lens=(8,), grids=2)),
+        ("k16", "the joint model, K = 16", dict(kind="tidar", block_lens=(16,), grids=2)),
+    )
+)
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -95,6 +180,9 @@ RECIPES: dict[str, Recipe] = {
         SMOLLM2_GATED,
         SMOLLM2_BLOCK,
         SMOLLM2_RANDOM_MASK,
+        *H100_EMBEDDED,
+        H100_SMALL_GATED,
+        *H100_SMALL,
     )
 }
 

@@ -22,7 +22,12 @@ from tidar_ref.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+FAST = ("smollm2-tidar", "smollm2-tidar-gated", "h100-qwen0.5b-k8")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in sorted(RECIPES)]
+)
 def test_every_recipe_rehearses(name: str, tmp_path: Path) -> None:
     recipe = rehearsal(get_recipe(name))
     small = dataclasses.replace(
@@ -78,7 +83,7 @@ def test_killed_run_goes_on_and_ends_like_an_unbroken_one(tmp_path: Path) -> Non
 def test_distilled_answers_are_the_models_own_and_are_kept(tmp_path: Path) -> None:
     from baselines.autoregressive import build
     from bench.corpora import mixture
-    from bench.distil import ANSWERS_FILE, MAX_NEW_TOKENS, distilled
+    from bench.distil import ANSWERS_FILE, distilled
     from tidar_ref.decoding import generate
 
     recipe = dataclasses.replace(
@@ -94,7 +99,7 @@ def test_distilled_answers_are_the_models_own_and_are_kept(tmp_path: Path) -> No
     for before, after in zip(corpus.examples, made.examples, strict=True):
         assert before.prompt == after.prompt
         wanted = generate(
-            decoder, [before.prompt], max_new_tokens=MAX_NEW_TOKENS, eos_ids=frozenset(eos)
+            decoder, [before.prompt], max_new_tokens=recipe.answer_tokens, eos_ids=frozenset(eos)
         )[0]
         assert after.response == wanted.token_ids
     path = tmp_path / ANSWERS_FILE

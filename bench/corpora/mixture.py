@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.corpora.chains import gsm8k_chains
+from bench.corpora.instructions import gpteacher_pairs, mbpp_pairs
 from bench.corpora.pairs import Pair
+from bench.corpora.python_sources import python_documents
 from bench.corpora.templates import template_pairs
 from tidar_ref.errors import UserError
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from tidar_ref.training.rows import Example
 
 TEMPLATE_SEED = 1
+PYTHON, PYTHON_BYTES = "python-sources", 60_000_000
+SOURCES = ("gsm8k-chains", "templates", "mbpp-clean", "gpteacher", "python")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +36,11 @@ class Corpus:
     report: dict[str, Any]
 
 
-def pairs_of(source: str, data_dir: Path | None) -> list[Pair]:
-    """All training pairs a source can give here; UserError names what is missing."""
+def pairs_of(source: str, count: int | None, data_dir: Path | None) -> list[Pair]:
+    """The training pairs a source can give here; UserError names what is missing.
+
+    count matters to sources without an end: some more are made, for those that are filtered out.
+    """
     if source == "gsm8k-chains":
         if data_dir is None:
             raise UserError(
@@ -41,8 +49,15 @@ def pairs_of(source: str, data_dir: Path | None) -> list[Pair]:
             )
         return gsm8k_chains(data_dir / "gsm8k" / "train.jsonl")
     if source == "templates":
-        return template_pairs(20_000, seed=TEMPLATE_SEED)
-    raise UserError(f"unknown source {source!r}: use gsm8k-chains or templates")
+        return template_pairs(max(20_000, (count or 0) * 11 // 10), seed=TEMPLATE_SEED)
+    if source == "mbpp-clean":
+        return mbpp_pairs(data_dir)
+    if source == "gpteacher":
+        return gpteacher_pairs(data_dir)
+    if source == "python":
+        documents = python_documents(byte_budget=PYTHON_BYTES)
+        return [Pair(source=PYTHON, id=d.id, prompt="", response=d.text) for d in documents]
+    raise UserError(f"unknown source {source!r}: use one of {', '.join(SOURCES)}")
 
 
 def build(
@@ -63,7 +78,7 @@ def build(
     chosen: list[tuple[Pair, Example]] = []
     report: dict[str, Any] = {"sources": {}, "max_tokens": recipe.max_tokens}
     for source in recipe.mixture:
-        pairs = pairs_of(source.name, data_dir)
+        pairs = pairs_of(source.name, source.count, data_dir)
         random.Random(f"{source.name}/{seed}").shuffle(pairs)
         kept, hygiene = clean(pairs)
         fitting: list[tuple[Pair, Example]] = []
@@ -71,12 +86,16 @@ def build(
         for pair in kept:
             if source.count is not None and len(fitting) == source.count:
                 break
-            prompt = tuple(tokenizer.encode(pair.prompt))
+            prompt = tuple(tokenizer.encode(pair.prompt)) if pair.prompt else ()
             response = (*tokenizer.encode(pair.response), eos_id)
+            if not prompt:  # plain text: cut into documents, none is too long
+                fitting += _cut(pair, response, recipe.max_tokens)
+                continue
             if len(prompt) + len(response) > recipe.max_tokens:
                 too_long += 1
                 continue
             fitting.append((pair, Example(prompt=prompt, response=response)))
+        fitting = fitting[: source.count]
         if source.count is not None and len(fitting) < source.count:
             raise UserError(
                 f"source {source.name} gives {len(fitting)} documents of up to {recipe.max_tokens}"
@@ -97,3 +116,17 @@ def build(
         examples=tuple(example for _, example in chosen),
         report=report,
     )
+
+
+def _cut(pair: Pair, tokens: Sequence[int], longest: int) -> list[tuple[Pair, Example]]:
+    """Pieces of at most `longest` tokens; only the last ends with end-of-sequence."""
+    from tidar_ref.training.rows import Example
+
+    starts = range(0, len(tokens) - 1, longest)  # a piece of one token has nothing to predict
+    return [
+        (
+            dataclasses.replace(pair, id=f"{pair.id}#{start}"),
+            Example(prompt=(), response=tuple(tokens[start : start + longest])),
+        )
+        for start in starts
+    ]
