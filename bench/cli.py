@@ -1,9 +1,9 @@
 """The command line: the only place with argparse, and the only one that prints.
 
 Verbs: reproduce, run, tables, report, claims, figures, export, slots, autotune, audit, train,
-compare, regress, doctor, peers. Bad input is one sentence and exit code 2, an interrupted run says how to go on and
-exits 130, an audit that finds a bug and a gate that finds a regression exit 1. Heavy libraries are
-imported by the verbs.
+compare, regress, doctor, peers. Bad input is one sentence and exit code 2, an interrupted run says
+how to go on and exits 130, an audit that finds a bug and a gate that finds a regression exit 1.
+Heavy libraries are imported by the verbs.
 """
 
 from __future__ import annotations
