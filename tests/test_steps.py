@@ -55,6 +55,7 @@ def test_fixed_list_takes_no_other_options(capsys: pytest.CaptureFixture[str]) -
     assert "figure1-32b" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rehearsal_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
