@@ -11,7 +11,7 @@ from tidar_ref.errors import UserError
 
 LAST_STEPS = 20
 PLACEMENT = {
-    "all": "on every row (the paper's joint model); merged into the weights for decoding",
+    "all": "on every row; merged into the weights for decoding",
     "mask": "on mask rows only: the AR half is the base model's, exactly",
 }
 

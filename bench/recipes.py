@@ -73,6 +73,8 @@ SMOLLM2_GATED = dataclasses.replace(
     weights="embedded+smollm2-ar",
     objective=dict(kind="tidar", block_lens=(4, 8), grids=3),
     adapter=dict(rank=64, alpha=64.0, placement="mask"),
+    train={**SMOLLM2_TRAIN, "steps": 100},
+    mixture=(Source(name="gsm8k-chains", count=540), Source(name="templates", count=260)),
     distil=True,
 )
 SMOLLM2_BLOCK = dataclasses.replace(
