@@ -66,6 +66,26 @@ class KVCache:
             raise ValueError(f"cache lengths {self.lengths} exceed {self.max_len + self.scratch}")
         self.kv_len = torch.tensor(self.lengths, dtype=torch.int64, device=self.kv_len.device)
 
+    def keep(self, indices: Tensor, counts: list[int]) -> None:
+        """Commit chosen ones of the tokens just written: of row b, indices[b, :counts[b]].
+
+        indices [B, W] (int64) count from `kv_len`; those a row keeps are increasing. Their K/V move
+        to the slots right behind the prefix, in this order (the accepted path of a tree).
+        """
+        layers, batch, heads, _, dim = self.k.shape
+        if counts and max(counts) > indices.shape[1]:
+            raise ValueError(f"counts {counts} exceed the {indices.shape[1]} indices given")
+
+        def slots(offsets: Tensor) -> Tensor:
+            at = (self.kv_len[:, None] + offsets)[None, :, None, :, None]
+            return at.expand(layers, batch, heads, -1, dim)
+
+        source = slots(indices)
+        target = slots(torch.arange(indices.shape[1], device=indices.device))
+        for stored in (self.k, self.v):
+            stored.scatter_(3, target, stored.gather(3, source))
+        self.advance(counts)
+
 
 class OpenSlots:
     """The views one forward writes to and reads from, made once and not once a layer."""

@@ -112,7 +112,12 @@ class Transformer(nn.Module):
         return self
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, cache: KVCache, new_mask: Tensor | None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        new_mask: Tensor | None,
+        taps: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """One forward over Q new tokens a sequence; their K/V land in the cache behind `kv_len`.
 
@@ -120,6 +125,8 @@ class Transformer(nn.Module):
         (row) may attend to the new token (column); None means Q = 1. All new tokens see the whole
         committed prefix. Returns hidden states [B, Q, H] after the final norm. `kv_len` does not
         move: the decoder advances the cache when it knows what was accepted.
+        taps: filled with what enters every layer, [B, Q, H] by its index, and with what leaves the
+        last one (before the norm) as number `num_layers`.
         """
         batch, width = input_ids.shape
         fold = width <= FOLD_GROUPS_UP_TO
@@ -136,7 +143,11 @@ class Transformer(nn.Module):
             hidden = torch.where(is_mask, self.mask_adapter.embedding, hidden)
             gate = is_mask.to(self.dtype)
         for index, layer in enumerate(self.layers):
+            if taps is not None:
+                taps[index] = hidden.view(batch, width, -1)
             hidden = layer(hidden, cos, sin, slots, index, bias, fold, gate)
+        if taps is not None:
+            taps[len(self.layers)] = hidden.view(batch, width, -1)
         return self.norm(hidden).view(batch, width, -1)
 
 
@@ -177,13 +188,16 @@ class Layer(nn.Module):
         bias: Tensor | None,
         fold: bool,
         gate: Tensor | None = None,
+        inputs: Tensor | None = None,
     ) -> Tensor:
         """hidden [B*Q, H] -> [B*Q, H]; cos, sin [B, 1, Q, D]; bias broadcasts over heads.
 
-        gate [B*Q, 1]: 1 on the rows where an attached adapter acts, or None.
+        gate [B*Q, 1]: 1 on the rows where an attached adapter acts, or None. inputs [B*Q, I]: what
+        q, k and v are made of if not the normed hidden (a draft head's layer).
         """
         batch, width = cos.shape[0], cos.shape[2]
-        heads = self._product("qkv", self.attn_norm(hidden), gate).view(batch, width, -1, self.head_dim)
+        inputs = self.attn_norm(hidden) if inputs is None else inputs
+        heads = self._product("qkv", inputs, gate).view(batch, width, -1, self.head_dim)
         heads = heads.transpose(1, 2)  # [B, Hq + 2 Hkv, Q, D]
         qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None:
@@ -214,6 +228,8 @@ def attention_bias(
     """Additive bias [B or 1, 1, groups*Q, L] over prefix and new keys, or None if all is visible.
 
     Built once a forward, not once a layer. Slots past a shorter sequence's new tokens are hidden.
+    new_mask [Q, S] or [B, Q, S] with S > Q: its first columns are the S - Q newest tokens in the
+    cache, which are then seen by the mask too and not by everyone (branches of a tree).
     """
     device = cache.k.device
     if new_mask is None:
@@ -222,15 +238,18 @@ def attention_bias(
         new_mask = torch.ones(1, 1, dtype=torch.bool, device=device)
         if cache.uniform:
             return None
+    seen = new_mask.shape[-1]
     if cache.uniform and new_mask.dim() == 2:
-        prefix = torch.ones(width, cache.lengths[0], dtype=torch.bool, device=device)
+        free = cache.lengths[0] - (seen - width)
+        prefix = torch.ones(width, free, dtype=torch.bool, device=device)
         visible = torch.cat([prefix, new_mask], dim=1)[None]
     else:
-        new = new_mask.expand(len(cache.lengths), width, width)
+        new = new_mask.expand(len(cache.lengths), width, seen)
         slots = torch.arange(max(cache.lengths) + width, device=device)
-        offset = slots[None, :] - cache.kv_len[:, None]  # [B, L]: index among the new tokens
-        among_new = (offset >= 0) & (offset < width)
-        index = offset.clamp(0, width - 1)[:, None, :].expand(-1, width, -1)
+        free = cache.kv_len - (seen - width)
+        offset = slots[None, :] - free[:, None]  # [B, L]: index among the mask's columns
+        among_new = (offset >= 0) & (offset < seen)
+        index = offset.clamp(0, seen - 1)[:, None, :].expand(-1, width, -1)
         visible = torch.where(among_new[:, None, :], new.gather(2, index), offset[:, None, :] < 0)
     bias = torch.zeros(visible.shape, dtype=dtype, device=device)
     bias.masked_fill_(~visible, float("-inf"))
