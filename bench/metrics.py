@@ -34,8 +34,8 @@ class Interval:
 
 
 def decode_tokens(rows: Sequence[Measurement]) -> int:
-    """Kept output tokens after the first one: the prefill pays for the first (count)."""
-    return sum(max(0, row.output_tokens - 1) for row in rows)
+    """Kept output tokens that the prefill did not commit (count)."""
+    return sum(row.decode_tokens for row in rows)
 
 
 def tokens_per_nfe(rows: Sequence[Measurement]) -> float | None:
@@ -107,7 +107,10 @@ def wilson(successes: float, n: int) -> Interval | None:
     z2 = Z_95 * Z_95
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return Interval(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
+    # At the ends the formula gives 0 and 1 exactly; floats leave dust there.
+    low = 0.0 if share == 0.0 else max(0.0, centre - half)
+    high = 1.0 if share == 1.0 else min(1.0, centre + half)
+    return Interval(value=share, low=low, high=high, n=n)
 
 
 def _draws(n: int, seed: int) -> np.ndarray:
@@ -129,7 +132,7 @@ def _per_problem(rows: Sequence[Measurement]) -> dict[tuple[str, str], tuple[int
     for row in rows:
         tokens, seconds = sums.get((row.task, row.problem), (0, 0.0))
         sums[row.task, row.problem] = (
-            tokens + max(0, row.output_tokens - 1),
+            tokens + row.decode_tokens,
             seconds + row.decode_s,
         )
     return sums
