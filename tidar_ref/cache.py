@@ -51,13 +51,18 @@ class KVCache:
 
     def open(self, width: int) -> OpenSlots:
         """Make room for `width` new tokens a sequence behind the committed ones."""
+        self.room_for(width)
+        return OpenSlots(self, width)
+
+    def room_for(self, width: int) -> int:
+        """The first free slot of the longest sequence, if `width` more tokens fit; or UserError."""
         capacity = self.max_len + self.scratch
         if max(self.lengths) + width > capacity:
             raise UserError(
                 f"{width} new tokens behind {max(self.lengths)} cached ones exceed the cache's"
                 f" {capacity} slots: allocate a longer cache"
             )
-        return OpenSlots(self, width)
+        return max(self.lengths)
 
     def advance(self, counts: list[int]) -> None:
         """Commit the first counts[b] of the tokens just written; the rest becomes scratch again."""

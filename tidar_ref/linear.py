@@ -1,48 +1,93 @@
 """Matrix products and norms that pick the fastest route on a CPU; torch's plain ones elsewhere.
 
-Measured on two AVX2 cores with torch 2.13 (the route is chosen by `Transformer.prepare`):
-- float32, one to three rows: a weight stored column by column reads 1.6x faster when it has more
-  outputs than inputs, and costs nothing at other widths;
-- bfloat16 without native instructions: from 6 rows on the built-in product is 3 to 10 times slower
-  than converting the few activations and multiplying in float32. That route keeps a float32 copy
-  of the weight (memory for time); products are accumulated in float32 and rounded once;
+`Transformer.prepare` chooses the routes; `kernel_route` names them. Measured on two AVX2 cores with
+torch 2.13 and SmolLM2-135M:
+- up to KERNEL_UP_TO_ROWS rows: products compiled by numba (`tidar_ref.kernels_cpu`), for float32
+  and for bfloat16 without native instructions; where numba or its OpenMP layer is missing, torch;
+- bfloat16 without native instructions beyond that, or from WIDE_FROM_ROWS rows without numba: the
+  built-in product is 3 to 10 times slower than converting the few activations and multiplying in
+  float32. That route keeps a float32 copy of the weight (memory for time); products are
+  accumulated in float32 and rounded once;
 - torch's RMSNorm is a chain of small operations there, about a tenth of an AR step in all: for one
   row the sum of squares is one dot product.
+
+Weights stay as loaded, row by row; training and checkpoints see plain parameters.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from tidar_ref.kernels_cpu import Product
+
 WIDE_FROM_ROWS = 6
+KERNEL_UP_TO_ROWS = 72
 
 
-class Linear(nn.Linear):
-    """nn.Linear on 2-D input [rows, in]; `wide` is the float32 copy for many rows, or None."""
+class Fast(nn.Module):
+    """Mixin of modules with one matrix product: its routes besides torch's plain one."""
 
-    wide: Tensor | None = None
+    kernel: Product | None = None  # compiled product of few rows
+    wide: Tensor | None = None  # float32 copy of an emulated weight, for more rows
+    no_kernel = "not prepared"  # why kernel is None
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [rows, in] -> x weight^T + bias [rows, out] on the route for that many rows."""
+        rows = x.shape[0]
+        if self.kernel is not None and rows <= KERNEL_UP_TO_ROWS and not torch.is_grad_enabled():
+            return self.kernel(x)
+        if self.wide is not None and rows >= WIDE_FROM_ROWS:
+            bias = None if bias is None else bias.float()
+            return F.linear(x.float(), self.wide, bias).to(x.dtype)
+        return F.linear(x, weight, bias)
+
+    @torch.no_grad()
+    def choose(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Set the routes for inference with this weight; again if it is replaced."""
+        self.forget()
+        if weight.device.type != "cpu":
+            self.no_kernel = "not on a CPU"
+            return
+        slow = emulated(weight.dtype)
+        if slow:
+            self.wide = weight.float()
+        if weight.dtype != torch.float32 and not slow:
+            self.no_kernel = f"this CPU multiplies {weight.dtype} itself".replace("torch.", "")
+            return
+        make, self.no_kernel = kernel_maker(weight.dtype)
+        if make is not None:
+            self.kernel = make(weight, bias)
+            self.no_kernel = "odd width or layout" if self.kernel is None else ""
+
+    def forget(self) -> None:
+        """Back to torch's plain product."""
+        self.kernel = self.wide = None
+        self.no_kernel = "not prepared"
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Fast:
+        self.forget()  # moved or converted: the routes would multiply by the old weight
+        return super()._apply(fn, recurse)
+
+
+class Linear(Fast, nn.Linear):
+    """nn.Linear on 2-D input [rows, in] by the chosen route."""
 
     def reset_parameters(self) -> None:
         """Nothing: weights are loaded or filled by `Transformer.init_random`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.wide is not None and x.shape[0] >= WIDE_FROM_ROWS:
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(x.float(), self.wide, bias).to(x.dtype)
-        return F.linear(x, self.weight, self.bias)
+        return self.multiply(x, self.weight, self.bias)
 
-    @torch.no_grad()
     def prepare(self) -> None:
-        """Choose layout or copy for inference on this CPU; call again if weights change."""
-        self.wide = None
-        if self.weight.device.type != "cpu":
-            return
-        if self.weight.dtype == torch.float32 and self.out_features > self.in_features:
-            self.weight.data = by_columns(self.weight.data)
-        elif emulated(self.weight.dtype):
-            self.wide = self.weight.float()
+        """Choose the routes for inference; call again if weights change."""
+        self.choose(self.weight, self.bias)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -57,39 +102,21 @@ class RMSNorm(nn.RMSNorm):
         return (row * scale).to(x.dtype) * self.weight
 
 
-class TiedHead(nn.Module):
+class TiedHead(Fast):
     """LM head that shares the embedding table: hidden [..., H] -> logits [..., V]."""
 
     def __init__(self, embed: nn.Embedding) -> None:
         super().__init__()
         self._embed = (embed,)  # in a tuple: the table is registered, saved and moved once
-        self.fast: Tensor | None = None  # float32: the table by columns; bfloat16: in float32
 
     def forward(self, hidden: Tensor) -> Tensor:
         weight = self._embed[0].weight
-        if self.fast is None:
-            return F.linear(hidden, weight)
-        rows = hidden.numel() // hidden.shape[-1]
-        if weight.dtype == torch.float32 or rows >= WIDE_FROM_ROWS:
-            return F.linear(hidden.float(), self.fast).to(hidden.dtype)
-        return F.linear(hidden, weight)
+        logits = self.multiply(hidden.reshape(-1, hidden.shape[-1]), weight, None)
+        return logits.view(*hidden.shape[:-1], -1)
 
-    @torch.no_grad()
     def prepare(self) -> None:
-        """As Linear.prepare; the table itself stays by rows for the embedding look-up."""
-        weight = self._embed[0].weight
-        self.fast = None
-        if weight.device.type != "cpu":
-            return
-        if weight.dtype == torch.float32:
-            self.fast = by_columns(weight.data)
-        elif emulated(weight.dtype):
-            self.fast = weight.float()
-
-
-def by_columns(weight: Tensor) -> Tensor:
-    """The same matrix [out, in] stored column by column."""
-    return weight.t().contiguous().t()
+        """As Linear.prepare."""
+        self.choose(self._embed[0].weight, None)
 
 
 def emulated(dtype: torch.dtype) -> bool:
@@ -97,3 +124,31 @@ def emulated(dtype: torch.dtype) -> bool:
     if dtype == torch.float32:
         return False
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def kernel_maker(
+    dtype: torch.dtype,
+) -> tuple[Callable[[Tensor, Tensor | None], Product | None] | None, str]:
+    """(maker of compiled products, "") or (None, why there are none). Imports and compiles here."""
+    try:
+        from tidar_ref import kernels_cpu
+    except ImportError as error:
+        return None, f"no numba: {error}"
+    try:
+        kernels_cpu.start(dtype)
+    except kernels_cpu.Unavailable as error:
+        return None, str(error)
+    return kernels_cpu.make_product, ""
+
+
+def kernel_route(model: nn.Module) -> str:
+    """What multiplies few rows in this model: "numba omp", "torch (why)", or the share of both."""
+    found = [module for module in model.modules() if isinstance(module, Fast)]
+    reasons = sorted({module.no_kernel for module in found if module.kernel is None})
+    count = sum(module.kernel is not None for module in found)
+    if count == len(found):
+        return "numba omp"
+    if not count:
+        return f"torch ({', '.join(reasons)})"
+    return f"numba omp in {count} of {len(found)} products, torch in others ({', '.join(reasons)})"

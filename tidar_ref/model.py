@@ -12,8 +12,9 @@ G = Hq / Hkv, D head size, H width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 from tidar_ref.cache import KVCache, OpenSlots
 from tidar_ref.config import ModelConfig
 from tidar_ref.linear import Linear, RMSNorm, TiedHead
+
+if TYPE_CHECKING:
+    from tidar_ref.kernels_cpu import OneRow
 
 __all__ = ["ModelConfig", "Transformer"]
 
@@ -36,6 +40,8 @@ POSITIONS_PAST_THE_END = 64
 
 class Transformer(nn.Module):
     """The shared backbone. Parameters are uninitialised until loaded or `init_random` is called."""
+
+    one_row: OneRow | None = None  # compiled layers for a forward of one token, from `prepare`
 
     def __init__(
         self,
@@ -68,7 +74,28 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | TiedHead):
                 module.prepare()
+        self.one_row = None
+        if all(
+            part.kernel is not None for part in self.layers.modules() if isinstance(part, Linear)
+        ):
+            from tidar_ref.kernels_cpu import OneRow
+
+            self.one_row = OneRow(self)
         return self
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Transformer:
+        self.one_row = None  # moved or converted: it would multiply by the old weights
+        return super()._apply(fn, recurse)
+
+    def _takes_one_row(self, bias: Tensor | None, rows: int) -> bool:
+        """Whether the compiled layers serve this forward; hooks want the layers called."""
+        return (
+            self.one_row is not None
+            and rows == 1
+            and bias is None
+            and not torch.is_grad_enabled()
+            and not self.layers[0]._forward_pre_hooks
+        )
 
     def attach_mask_adapter(
         self,
@@ -135,8 +162,10 @@ class Transformer(nn.Module):
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         if self.dtype != torch.float32:
             cos, sin = cos.to(self.dtype), sin.to(self.dtype)
-        slots = cache.open(width)
         hidden = self.embed(input_ids.reshape(-1))  # [B*Q, H]: rows of every matrix product
+        if taps is None and self._takes_one_row(bias, batch * width):
+            return self.norm(self.one_row(hidden, cos.view(-1), sin.view(-1), cache))[None]
+        slots = cache.open(width)
         gate = None
         if self.mask_adapter is not None and width > 1:  # no decoder sends a lone mask
             is_mask = (input_ids.reshape(-1) == self.mask_adapter.token_id)[:, None]
