@@ -26,7 +26,7 @@ from bench.records import (
     StepRecord,
     ids_sha,
 )
-from bench.registry import build_decoder
+from bench.registry import build_decoder, check_decoder
 from bench.store import Key, RunStore, planned_keys
 from bench.telemetry import now
 from tidar_ref.errors import UserError
@@ -98,7 +98,7 @@ def check_profile(profile: Profile) -> None:
             raise UserError(f"{name} {value} is below 1; give at least 1")
     tiny = load("random:tiny")
     for spec in profile.decoders:
-        build_decoder(spec, tiny.model, mask_token_id=tiny.source.mask_token_id)
+        check_decoder(spec, tiny.model, mask_token_id=tiny.source.mask_token_id)
 
 
 def load_tasks(

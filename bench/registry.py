@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -44,3 +45,13 @@ def build_decoder(spec: DecoderSpec, model: Any, *, mask_token_id: int | None) -
         if isinstance(value, str) and key not in takes_text:
             raise UserError(f"decoder parameter {key}={value!r} is not a number; give a number")
     return module.build(model, mask_token_id=mask_token_id, **dict(spec.params))
+
+
+def check_decoder(spec: DecoderSpec, model: Any, *, mask_token_id: int | None) -> None:
+    """UserError for what no model could run, without the weights the decoder is for.
+
+    Parameters that fit one target only are replaced by the module's STAND_INS.
+    """
+    stand_ins = getattr(decoder_module(spec.name), "STAND_INS", {})
+    params = tuple((key, stand_ins.get(key, value)) for key, value in spec.params)
+    build_decoder(replace(spec, params=params), model, mask_token_id=mask_token_id)

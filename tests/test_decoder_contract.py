@@ -21,6 +21,10 @@ VARIANTS = {
         {"block_len": 8, "beta": 1.0, "outcomes": "1-4-8"},
     ],
     "tidar_two_forward": [{"block_len": 2}, {"block_len": 8}],
+    "eagle3": [
+        {"head": "random", "depth": 3},
+        {"head": "random", "depth": 4, "top_k": 3, "nodes": 9},
+    ],
     "prompt_lookup": [
         {"draft_len": 1, "max_ngram": 1},
         {"draft_len": 7, "max_ngram": 3},
