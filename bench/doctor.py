@@ -100,6 +100,7 @@ def _python() -> Finding:
 def _libraries() -> list[Finding]:
     wanted = {
         "torch": "every run needs it",
+        "numba": "compiled products on a CPU; without it torch's slower ones",
         "tokenizers": "needed for real weights",
         "lm-eval": "scores HumanEval, MBPP and GSM8K",
         "evalplus": "scores HumanEval+ and MBPP+",

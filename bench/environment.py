@@ -12,7 +12,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "numpy", "transformers", "tokenizers", "lm-eval", "evalplus", "gguf")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "numba",
+    "transformers",
+    "tokenizers",
+    "lm-eval",
+    "evalplus",
+    "gguf",
+)
 
 
 def package_version(name: str) -> str | None:

@@ -185,6 +185,8 @@ def token_limit(profile: Profile, problem: Problem) -> int:
 
 def make_header(prepared: Prepared, argv: Sequence[str]) -> RunHeader:
     """The record's header for this run on this machine, free of the machine's own paths."""
+    from tidar_ref.linear import kernel_route
+
     commit, dirty = environment.git_state(Path(__file__).resolve().parents[1])
     profile = dataclasses.asdict(prepared.profile)
     profile["weights"] = environment.portable(prepared.profile.weights)
@@ -196,7 +198,10 @@ def make_header(prepared: Prepared, argv: Sequence[str]) -> RunHeader:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         argv=tuple(map(environment.portable, argv)),
         profile=profile,
-        environment=environment.describe(prepared.device),
+        environment={
+            **environment.describe(prepared.device),
+            "kernels": kernel_route(prepared.loaded.model),
+        },
         commit=commit,
         dirty=dirty,
         weights=weights,
@@ -271,9 +276,7 @@ def generate_all(
         on_done(measurement)
 
 
-def measure(
-    prepared: Prepared, key: Key, problem: Problem
-) -> tuple[Measurement, list[StepRecord]]:
+def measure(prepared: Prepared, key: Key, problem: Problem) -> tuple[Measurement, list[StepRecord]]:
     """One generation, as its measurement and its step ledger."""
     import torch
 

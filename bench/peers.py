@@ -29,7 +29,8 @@ class PeerResult:
     """One engine under one dtype: tokens per second of whole calls, one value a round.
 
     ratio: ours over this engine, median of paired rounds; low and high bound its 95 % bootstrap
-    interval. same_tokens: share of prompts whose tokens equal ours (exact in float32).
+    interval. same_tokens: share of prompts whose tokens equal ours (exact in float32). kernels:
+    what multiplies our few rows (`tidar_ref.linear.kernel_route`).
     """
 
     engine: str
@@ -39,6 +40,7 @@ class PeerResult:
     ratio_low: float
     ratio_high: float
     same_tokens: float
+    kernels: str
 
 
 def compare(
@@ -54,6 +56,7 @@ def compare(
 
     from baselines.autoregressive import build
     from tidar_ref.decoding import generate
+    from tidar_ref.linear import kernel_route
 
     peer = to_transformers(model)
     decoder = build(model)
@@ -92,11 +95,15 @@ def compare(
                 speeds[name].append(tokens / (time.perf_counter() - started))
                 progress(f"round {index + 1}/{rounds} {name}: {speeds[name][-1]:.1f} tokens/s")
     dtype = str(model.dtype).removeprefix("torch.")
-    return [_result(name, dtype, speeds, texts) for name in engines]
+    return [_result(name, dtype, speeds, texts, kernel_route(model)) for name in engines]
 
 
 def _result(
-    name: str, dtype: str, speeds: dict[str, list[float]], texts: dict[str, list[list[int]]]
+    name: str,
+    dtype: str,
+    speeds: dict[str, list[float]],
+    texts: dict[str, list[list[int]]],
+    kernels: str,
 ) -> PeerResult:
     import random
 
@@ -112,6 +119,7 @@ def _result(
         ratio_low=medians[50],
         ratio_high=medians[-51],
         same_tokens=sum(same) / len(same),
+        kernels=kernels,
     )
 
 
@@ -189,6 +197,7 @@ def main(
 
     from bench.environment import describe
     from tidar_ref.checkpoint import load
+    from tidar_ref.linear import kernel_route
 
     if threads:
         torch.set_num_threads(threads)
@@ -202,7 +211,8 @@ def main(
             "Q: Tom has 3 apples and buys 4 more. How many apples has he now?\nA:",
         )
         prompts = [loaded.tokenizer.encode(text) for text in texts]
-        print(f"{source.name}, {dtype}, {torch.get_num_threads()} threads", flush=True)
+        route = kernel_route(loaded.model)
+        print(f"{source.name}, {dtype}, {torch.get_num_threads()} threads, {route}", flush=True)
         results += compare(
             loaded.model,
             prompts,

@@ -1,0 +1,196 @@
+"""Compiled CPU kernels against float64 and torch, on every route a product or a layer can take."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+
+import oracles
+import pytest
+import tiny
+import torch
+
+from tidar_ref import linear
+from tidar_ref.cache import KVCache
+from tidar_ref.linear import Linear, TiedHead, kernel_route
+from tidar_ref.model import Transformer
+
+DTYPES = (torch.float32, torch.bfloat16)
+SHAPES = ((5, 2), (33, 10), (96, 64), (70, 130))  # outputs, inputs: not only multiples of a block
+ROWS = (1, 2, 3, 4, 5, 7, 20, 72, linear.KERNEL_UP_TO_ROWS + 1)
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def product(outputs: int, inputs: int, bias: bool, dtype: torch.dtype) -> Linear:
+    module = Linear(inputs, outputs, bias=bias, dtype=dtype)
+    generator = torch.Generator().manual_seed(outputs)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(generator=generator)
+    module.prepare()
+    return module
+
+
+def off(got: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor) -> float:
+    """Largest error in units of what rounding allows: sums in float32, one rounding of the result.
+
+    terms: sum of the absolute values of what was added up.
+    """
+    allowed = terms * 2.0**-20
+    if got.dtype == torch.bfloat16:
+        allowed = allowed + exact.abs() * 2.0**-8
+    return float(((got.double() - exact).abs() / allowed).max())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_products_of_all_heights_equal_float64(
+    dtype: torch.dtype, bias: bool, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    for outputs, inputs in SHAPES:
+        module = product(outputs, inputs, bias, dtype)
+        for rows in ROWS:
+            x = torch.randn(rows, inputs).to(dtype)
+            added = module.bias.double() if bias else torch.zeros(outputs, dtype=torch.float64)
+            exact = x.double() @ module.weight.double().t() + added
+            terms = x.double().abs() @ module.weight.double().abs().t() + added.abs()
+            got = module(x)
+            assert got.dtype == dtype and got.shape == (rows, outputs)
+            assert off(got, exact, terms) <= 1.0, (outputs, inputs, rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_kernels_follow_weights_changed_in_place(dtype: torch.dtype) -> None:
+    module = product(6, 4, False, dtype)
+    if module.kernel is None:
+        pytest.skip(f"no compiled kernels here: {module.no_kernel}")
+    x = torch.ones(1, 4, dtype=dtype)
+    module.weight.fill_(2.0)
+    assert module(x).tolist() == [[8.0] * 6]
+
+
+@torch.inference_mode()
+def test_strided_rows_and_not_a_number() -> None:
+    module = product(6, 4, False, torch.float32)
+    x = torch.randn(4, 3).t()
+    assert torch.allclose(module(x), x @ module.weight.t(), atol=1e-5)
+    x = torch.full((2, 4), float("nan"))
+    assert module(x).isnan().all() and module(x[:1]).isnan().all()
+
+
+def test_gradients_flow_through_prepared_products() -> None:
+    module = product(6, 4, True, torch.float32)
+    module(torch.randn(2, 4)).sum().backward()
+    assert module.weight.grad is not None and module.weight.is_contiguous()
+
+
+def one_token(model: Transformer) -> tuple[torch.Tensor, KVCache]:
+    """Final hidden state of one token behind 37 random cached ones, and the cache."""
+    cache = KVCache(
+        model.config, batch=1, max_len=50, scratch=4, dtype=model.dtype, device=model.device
+    )
+    generator = torch.Generator().manual_seed(1)
+    for stored in (cache.k, cache.v):
+        stored.copy_(torch.randn(stored.shape, generator=generator))
+    cache.advance([37])
+    return model(torch.tensor([[3]]), torch.tensor([[37]]), cache, None), cache
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.inference_mode()
+def test_compiled_layers_equal_the_plain_ones(family: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    model = Transformer(oracles.tiny_config(family)).init_random(0)
+    for name, parameter in model.named_parameters():
+        if not name.endswith("norm.weight"):
+            parameter.mul_(10)  # so that attention and gates are not flat
+    expected, plain = one_token(model)
+    assert "not prepared" in kernel_route(model)
+    model.prepare()
+    if model.one_row is None:
+        pytest.skip(kernel_route(model))
+    calls = []
+    one_row = model.one_row
+    model.one_row = lambda *args: calls.append(1) or one_row(*args)
+    got, cache = one_token(model)
+    assert calls == [1]
+    assert torch.allclose(got, expected, atol=2e-5, rtol=2e-5)
+    assert torch.allclose(cache.k, plain.k, atol=2e-5, rtol=2e-5)
+    assert torch.allclose(cache.v, plain.v, atol=2e-5, rtol=2e-5)
+
+
+@torch.inference_mode()
+def test_compiled_bfloat16_layers_are_as_exact_as_torch() -> None:
+    model = Transformer(oracles.tiny_config("qwen3"), dtype=torch.bfloat16).init_random(0)
+    plain = float((one_token(model)[0].double() - _exact(model)).norm())
+    model.prepare()
+    if model.one_row is None:
+        pytest.skip(kernel_route(model))
+    got = float((one_token(model)[0].double() - _exact(model)).norm())
+    assert got <= 1.5 * plain + 1e-3
+
+
+def _exact(model: Transformer) -> torch.Tensor:
+    return one_token(copy.deepcopy(model).double())[0]
+
+
+@torch.inference_mode()
+def test_hooks_and_converted_models_get_the_plain_layers() -> None:
+    model = Transformer(oracles.tiny_config("qwen2")).init_random(0).prepare()
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    one_token(model)
+    assert seen == [1]
+    model.double()
+    assert model.one_row is None and "not prepared" in kernel_route(model)
+    assert one_token(model)[0].dtype == torch.float64
+
+
+@pytest.fixture
+def chosen_again() -> Iterator[None]:
+    linear.kernel_maker.cache_clear()
+    yield
+    linear.kernel_maker.cache_clear()
+
+
+@torch.inference_mode()
+def test_without_numba_torch_multiplies_and_the_route_says_so(
+    monkeypatch: pytest.MonkeyPatch, chosen_again: None
+) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "tidar_ref.kernels_cpu", raising=False)
+    monkeypatch.delattr("tidar_ref.kernels_cpu", raising=False)
+    model = Transformer(oracles.tiny_config("qwen2")).init_random(0).prepare()
+    assert kernel_route(model).startswith("torch (no numba")
+    assert model.one_row is None
+    x = torch.randn(2, 32)
+    assert torch.equal(TiedHead(model.embed)(x), torch.nn.functional.linear(x, model.embed.weight))
+
+
+@torch.inference_mode()
+def test_another_thread_layer_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, chosen_again: None
+) -> None:
+    kernels = pytest.importorskip("tidar_ref.kernels_cpu")
+    kernels.start.cache_clear()
+    monkeypatch.setattr(kernels.numba, "threading_layer", lambda: "workqueue")
+    model = Transformer(oracles.tiny_config("qwen2")).init_random(0).prepare()
+    assert kernel_route(model) == "torch (numba runs on its workqueue threads)"
+    kernels.start.cache_clear()
+
+
+def test_an_odd_width_is_named() -> None:
+    module = product(4, 3, False, torch.float32)
+    assert module.kernel is None and kernel_route(module) == "torch (odd width or layout)"
