@@ -259,7 +259,7 @@ def _shared(record: RunRecord, label: str) -> dict[str, Any]:
 
 
 def _measurement(record: RunRecord, row: Measurement) -> dict[str, Any]:
-    tokens, forwards = max(0, row.output_tokens - 1), row.decode_forwards
+    tokens, forwards = row.decode_tokens, row.decode_forwards
     return {
         **_shared(record, row.decoder),
         **asdict(row),

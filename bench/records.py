@@ -89,6 +89,12 @@ class Measurement:
         return (self.decoder, self.task, self.problem, self.repeat)
 
     @property
+    def decode_tokens(self) -> int:
+        """Kept tokens that the prefill did not commit: all but one, unless the method denoises."""
+        in_steps = sum(length * count for length, count in enumerate(self.acceptance_histogram))
+        return max(0, self.output_tokens - (self.tokens_generated - in_steps))
+
+    @property
     def pair(self) -> tuple[str, str, int]:
         """(task, problem, repeat): what two decoders share."""
         return (self.task, self.problem, self.repeat)

@@ -8,7 +8,7 @@ from bench.records import Measurement, RunHeader, StepRecord
 
 
 def row(**changes: Any) -> Measurement:
-    """A measurement with harmless values and the given changes."""
+    """A measurement with harmless values and the given changes; its prefill committed one token."""
     values: dict[str, Any] = {
         "decoder": "ar",
         "task": "t",
@@ -35,7 +35,9 @@ def row(**changes: Any) -> Measurement:
         "token_ids_sha": "a",
         "peak_memory_bytes": None,
     }
-    return Measurement(**{**values, **changes})
+    values |= changes
+    steps = sum(length * count for length, count in enumerate(values["acceptance_histogram"]))
+    return Measurement(**{**values, "tokens_generated": 1 + steps, **changes})
 
 
 def header(**changes: Any) -> RunHeader:

@@ -34,6 +34,8 @@ PUBLISHED_PARAMETERS = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-32b": 32_762_123_264,
     "llama-3.1-8b": 8_030_261_248,
+    "dream-7b": 7_615_616_512,
+    "llada-8b": 8_015_581_184,
 }
 TINY = {
     "vocab_size": 96,

@@ -29,6 +29,23 @@ VARIANTS = {
         {"draft_len": 1, "max_ngram": 1},
         {"draft_len": 7, "max_ngram": 3},
     ],
+    "block_diffusion": [
+        {"block_len": 4, "rule": "one"},
+        {"block_len": 8, "rule": "threshold", "threshold": 0.6},
+        {"block_len": 5, "rule": "steps", "steps": 3},
+    ],
+    "masked_diffusion": [
+        {"gen_length": 20, "rule": "steps", "steps": 6, "cache": "none", "convention": "llada"},
+        {
+            "gen_length": 24,
+            "block_len": 8,
+            "rule": "threshold",
+            "threshold": 0.6,
+            "cache": "prefix",
+            "convention": "llada",
+        },
+        {"gen_length": 24, "block_len": 4, "rule": "one", "cache": "dual", "convention": "dream"},
+    ],
 }
 CASES = [
     pytest.param(name, params, id=f"{name}-{'-'.join(str(v) for v in params.values())}")
@@ -47,7 +64,7 @@ def build(name: str, params: dict, model: tiny.Tiny | None = None) -> Decoder:
     return decoder_module(name).build(model.model, mask_token_id=tiny.MASK, **params)
 
 
-def check_ledger(trace: GenerationTrace, prompt: list[int], limit: int) -> None:
+def check_ledger(decoder: Decoder, trace: GenerationTrace, prompt: list[int], limit: int) -> None:
     """Invariants of one finished sequence."""
     ledger = (trace.prefill, *trace.steps)
     committed = sum((step.committed[0] for step in ledger), ())
@@ -60,7 +77,13 @@ def check_ledger(trace: GenerationTrace, prompt: list[int], limit: int) -> None:
         assert len(step.committed) == len(step.kv_len) == 1
         assert step.target_forwards >= 1 and step.draft_forwards >= 0 and step.query_width >= 1
         assert 0 <= step.accepted[0] <= step.drafted[0]
-        if index:
+        if index and decoder.name == "block_diffusion":
+            blocks = final // decoder.block_len  # the last clean one may not be stored yet
+            stored = [len(prompt) + n * decoder.block_len for n in (blocks - 1, blocks)]
+            assert step.kv_len[0] in stored
+        elif index and decoder.name == "masked_diffusion":
+            assert 0 <= step.kv_len[0] < len(prompt) + decoder.gen_length
+        elif index:
             assert step.kv_len[0] == len(prompt) + final - 1  # all committed tokens but the last
         final += len(step.committed[0])
     assert final - len(ledger[-1].committed[0]) < len(trace.token_ids)  # no step after the end
@@ -101,7 +124,7 @@ def test_ledger_and_determinism(name: str, params: dict) -> None:
                 calls.clear()
                 drafts.clear()
                 trace = generate(decoder, [prompt], max_new_tokens=limit)[0]
-                check_ledger(trace, prompt, limit)
+                check_ledger(decoder, trace, prompt, limit)
                 check_drafts(trace)
                 assert len(trace.token_ids) == limit and trace.finish == "length"
                 ledger = (trace.prefill, *trace.steps)
@@ -112,7 +135,7 @@ def test_ledger_and_determinism(name: str, params: dict) -> None:
         again = generate(decoder, prompts, max_new_tokens=17)
         assert [t.token_ids for t in batch] == [t.token_ids for t in again]
         for prompt, trace in zip(prompts, batch, strict=True):
-            check_ledger(trace, prompt, 17)
+            check_ledger(decoder, trace, prompt, 17)
             check_drafts(trace)
             assert trace.token_ids == generate(decoder, [prompt], max_new_tokens=17)[0].token_ids
     finally:
@@ -130,7 +153,7 @@ def test_limits_only_cut(name: str, params: dict) -> None:
     for eos in set(full):
         trace = generate(decoder, [prompt], max_new_tokens=20, eos_ids=frozenset({eos}))[0]
         assert trace.token_ids == full[: full.index(eos) + 1] and trace.finish == "eos"
-        check_ledger(trace, prompt, 20)
+        check_ledger(decoder, trace, prompt, 20)
 
 
 class AtMost:
@@ -161,7 +184,7 @@ def test_stop_rules_only_cut(name: str, params: dict) -> None:
             stops = ending in text
             assert trace.token_ids == (text[: text.index(ending) + 1] if stops else text)
             assert trace.finish == ("stop" if stops else "length")
-            check_ledger(trace, prompt, 20)
+            check_ledger(decoder, trace, prompt, 20)
             inside += stops and len(trace.token_ids) > 1
     assert inside
 
@@ -176,7 +199,7 @@ def test_a_seed_fixes_the_draws(name: str, params: dict) -> None:
             sampling = Sampling(temperature=1.5, mode=mode, seed=seed)
             traces = generate(decoder, prompts, max_new_tokens=12, sampling=sampling)
             for prompt, trace in zip(prompts, traces, strict=True):
-                check_ledger(trace, prompt, 12)
+                check_ledger(decoder, trace, prompt, 12)
             return [trace.token_ids for trace in traces]
 
         try:

@@ -45,6 +45,14 @@ HUB_NAMES = {
     "o": "self_attn.o_proj", "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
 }  # fmt: skip
+LLADA_NAMES = {
+    "layer": "model.transformer.blocks.{}.", "embed": "model.transformer.wte",
+    "norm": "model.transformer.ln_f", "lm_head": "model.transformer.ff_out",
+    "attn_norm": "attn_norm", "mlp_norm": "ff_norm", "q": "q_proj", "k": "k_proj", "v": "v_proj",
+    "o": "attn_out", "gate": "ff_proj", "up": "up_proj", "down": "ff_out",
+}  # fmt: skip
+# Stated by the models' own configs too, but not by every copy of them.
+MASK_TOKENS = {"llada": 126336, "dream": 151666}
 GGUF_NAMES = {
     "layer": "blk.{}.", "embed": "token_embd", "norm": "output_norm", "lm_head": "output",
     "attn_norm": "attn_norm", "mlp_norm": "ffn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v",
@@ -256,8 +264,9 @@ def _folder(
     weights = _Safetensors(folder)
     model = Transformer(config, **place)
     ignore = {n for n in weights.shapes if n.endswith("rotary_emb.inv_freq")}  # recomputed
-    ignore |= {"lm_head.weight"} if config.tied_embeddings else set()
-    listed = list(parts(config, HUB_NAMES))
+    names = LLADA_NAMES if config.family == "llada" else HUB_NAMES
+    ignore |= {f"{names['lm_head']}.weight"} if config.tied_embeddings else set()
+    listed = list(parts(config, names))
     _fill(model, listed, weights.shapes, weights.read, str(folder), ignore=ignore)
     eos = read_json(folder / "generation_config.json").get("eos_token_id", raw.get("eos_token_id"))
     ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
@@ -265,7 +274,7 @@ def _folder(
     return _loaded(
         model,
         from_folder(folder, eos_token_ids=ids),
-        default_mask=raw.get("mask_token_id"),
+        default_mask=raw.get("mask_token_id", MASK_TOKENS.get(config.family)),
         mask_token_id=mask_token_id,
         tier=tier,
         name=name or folder.resolve().name,
@@ -312,7 +321,7 @@ def _loaded(
 
 
 def parts(config: ModelConfig, names: Mapping[str, str]) -> Iterator[Part]:
-    """Which source tensor fills which rows of which parameter; `names`: HUB_NAMES, GGUF_NAMES."""
+    """Which source tensor fills which rows of which parameter; `names`: HUB_NAMES or another."""
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_rows, kv_rows = config.num_heads * dim, config.num_kv_heads * dim
 

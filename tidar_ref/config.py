@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class ModelConfig:
     """Everything that fixes the parameters' shapes and the arithmetic of one backbone.
 
-    `family` is one of llama, qwen2, qwen3; SmolLM2 is a llama, Qwen2.5 a qwen2. `rope_scaling`
-    is the hub's "llama3" dictionary or None. Sizes are counts, `norm_eps` is absolute.
+    `family` is one of llama, qwen2, qwen3, and of the masked diffusion models llada (computes as a
+    llama) and dream (as a qwen2); SmolLM2 is a llama, Qwen2.5 a qwen2. `rope_scaling` is the hub's
+    "llama3" dictionary or None. Sizes are counts, `norm_eps` is absolute.
     """
 
     family: str

@@ -160,6 +160,8 @@ class _Sequence:
 
     def add(self, new: tuple[int, ...]) -> None:
         """Append committed tokens and decide whether, where and why the sequence ends."""
+        if not new:  # a denoising step may settle nothing, and nothing new ends nothing
+            return
         start = len(self.tokens)
         self.tokens.extend(new)
         ends = []

@@ -13,7 +13,27 @@ from typing import Any
 from tidar_ref.config import ModelConfig
 from tidar_ref.errors import UserError
 
-FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "LLaDAModelLM": "llada",
+    "DreamModel": "dream",
+}
+BIASED = ("qwen2", "dream")  # q, k and v have a bias, whatever config.json says
+# What a LLaDA config calls things, in the words of the others; and what it must not switch on.
+LLADA_KEYS = {
+    "hidden_size": "d_model", "intermediate_size": "mlp_hidden_size",
+    "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads", "max_position_embeddings": "max_sequence_length",
+    "hidden_act": "activation_type", "tie_word_embeddings": "weight_tying",
+}  # fmt: skip
+LLADA_PLAIN = {
+    "block_type": "llama", "layer_norm_type": "rms", "rope": True, "alibi": False,
+    "include_bias": False, "include_qkv_bias": False, "bias_for_layer_norm": False,
+    "attention_layer_norm": False, "input_emb_norm": False, "scale_logits": False,
+    "layer_norm_with_affine": True, "multi_query_attention": None, "clip_qkv": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +71,10 @@ def _llama(
     rope_theta: float = 100000.0,
     rope_scaling: dict | None = None,
     tied: bool = True,
+    family: str = "llama",
 ) -> ModelConfig:
     return ModelConfig(
-        family="llama",
+        family=family,
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=inner,
@@ -95,7 +116,7 @@ def _qwen(
         head_dim=head_dim,
         rope_theta=1000000.0,
         norm_eps=1e-6,
-        qkv_bias=family == "qwen2",
+        qkv_bias=family in BIASED,
         qk_norm=family == "qwen3",
         tied_embeddings=tied,
         max_position=max_position,
@@ -146,6 +167,22 @@ SHAPES: dict[str, Shape] = {
         "base of Dream-7B",
         _qwen2(3584, 18944, 28, 28, 4, tied=False, head_dim=128, max_position=131072, vocab=152064),
     ),
+    "dream-7b": _hub(
+        "Dream-org/Dream-v0-Base-7B",
+        "masked diffusion; its attention sees both ways",
+        _qwen(
+            "dream", 3584, 18944, 28, 28, 4, tied=False, head_dim=128, vocab=152064,
+            max_position=131072,
+        ),
+    ),
+    "llada-8b": _hub(
+        "GSAI-ML/LLaDA-8B-Base",
+        "masked diffusion; its attention sees both ways",
+        _llama(
+            4096, 12288, 32, 32, 32, vocab=126464, max_position=4096, rope_theta=500000.0,
+            tied=False, family="llada",
+        ),
+    ),
     "qwen3-0.6b": _hub("Qwen/Qwen3-0.6B", "", _qwen3(1024, 3072, 28, 16, 8, tied=True)),
     "qwen3-1.7b": _hub("Qwen/Qwen3-1.7B", "", _qwen3(2048, 6144, 28, 16, 8, tied=True)),
     "qwen3-4b": _hub("Qwen/Qwen3-4B", "", _qwen3(2560, 9728, 36, 32, 8, tied=True)),
@@ -188,12 +225,14 @@ def from_config_json(raw: Mapping[str, Any], origin: str) -> ModelConfig:
     rope_parameters (transformers 5).
     """
     named = (raw.get("architectures") or [None])[0]
-    family = FAMILIES.get(named) if named else raw.get("model_type")
+    family = FAMILIES.get(named) if named else str(raw.get("model_type")).lower()
     if family not in FAMILIES.values():
         raise UserError(
             f"{origin} has architecture {named or raw.get('model_type')!r}: supported are"
             f" {', '.join(FAMILIES)}"
         )
+    if family == "llada":
+        raw = _llada_in_our_words(raw, origin)
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads", "rms_norm_eps", "max_position_embeddings")  # fmt: skip
     if absent := [key for key in needed if raw.get(key) is None]:
@@ -220,11 +259,25 @@ def from_config_json(raw: Mapping[str, Any], origin: str) -> ModelConfig:
             **{key: rope[key] for key in LLAMA3_ROPE if key != "rope_type"},
         },
         norm_eps=raw["rms_norm_eps"],
-        qkv_bias=family == "qwen2",
+        qkv_bias=family in BIASED,
         qk_norm=family == "qwen3",
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         max_position=raw["max_position_embeddings"],
     )  # fmt: skip
+
+
+def _llada_in_our_words(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """A LLaDA config under the names the others use; UserError for switches it does not set."""
+    for key, plain in LLADA_PLAIN.items():
+        if raw.get(key, plain) != plain:
+            raise UserError(
+                f"{origin} uses {key} {raw[key]!r}, which this backbone does not compute exactly"
+            )
+    # The table may be longer than the vocabulary (rounded up); the tensors have its length.
+    table = raw.get("embedding_size") or raw.get("vocab_size")
+    return dict(raw) | {ours: raw.get(theirs) for ours, theirs in LLADA_KEYS.items()} | {
+        "vocab_size": table
+    }
 
 
 def _refuse(raw: Mapping[str, Any], rope: Mapping[str, Any], family: str, origin: str) -> None:
@@ -236,7 +289,7 @@ def _refuse(raw: Mapping[str, Any], rope: Mapping[str, Any], family: str, origin
     quantised = raw.get("quantization_config") or raw.get("compression_config")
     refusals = {
         f"quantization {(quantised or {}).get('quant_method')!r}": quantised,
-        "attention_bias": family != "qwen2" and raw.get("attention_bias"),
+        "attention_bias": family not in BIASED and raw.get("attention_bias"),
         "mlp_bias": raw.get("mlp_bias"),
         "sliding-window attention": sliding,
         f"activation {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
