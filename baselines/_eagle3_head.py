@@ -81,6 +81,11 @@ class EagleHead(nn.Module):
         self.register_buffer("sin", sin.to(device=device, dtype=dtype), persistent=False)
         self.register_buffer("target_ids", target_ids.to(device), persistent=False)
 
+    @property
+    def embed(self) -> nn.Embedding:
+        """The table of token embeddings, frozen."""
+        return self._embed[0]
+
     def new_cache(self, *, batch: int, max_len: int, scratch: int) -> KVCache:
         """A cache for this layer's keys and values."""
         weight = self.fc.weight
@@ -114,7 +119,7 @@ class EagleHead(nn.Module):
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         feature = features.reshape(batch * width, -1)
         normed = self.hidden_norm(feature)
-        token = self.layer.attn_norm(self._embed[0](ids.reshape(-1)))
+        token = self.layer.attn_norm(self.embed(ids.reshape(-1)))
         residual = normed if self.config.norm_before_residual else feature
         hidden = self.layer(
             residual, cos, sin, cache.open(width), 0, bias, fold,
