@@ -423,12 +423,12 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
 
 
 def _print_findings(prepared: Prepared, header: RunHeader) -> None:
-    from bench.tables import TIER_LABELS
+    from bench.tables import weights_label
 
     env, weights = header.environment, header.weights
     machine = env["gpu"] or f"{env['cpu']}, {env['threads']} threads of {env['cores']} cores"
     print(f"device: {prepared.device} ({machine}), {prepared.dtype}")
-    print(f"weights: {weights['name']} ({TIER_LABELS[weights['tier']]})")
+    print(f"weights: {weights['name']} ({weights_label(weights)})")
     print(f"  sha256: {weights['sha256'] or 'none, made from a seed'}")
     for name, data in header.data.items():
         checked = "checksum as pinned" if data["checked"] else f"sha256 {data['sha256'][:16]}"

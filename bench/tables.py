@@ -25,14 +25,23 @@ from bench.validity import COUNTS, SCORE, SPEED, Flag, Marks
 TIER_LABELS = {
     "random": "random weights: step times only; scores, T/NFE and speedup mean nothing and are "
     "left out",
-    "embedded": "embedded tier (SmolLM2-135M-Instruct): real counting at toy quality; not trained "
-    "for TiDAR, so its drafts are poor",
+    "embedded": "embedded tier (SmolLM2-135M-Instruct): real counting at toy quality",
     "small": "small tier: not the paper's weights",
     "paper": "weights the paper names",
     "local": "weights from a local folder: what they are is the caller's claim",
 }
+NOT_TRAINED = "not trained for TiDAR, so its drafts are poor"
+
 # The reference of every speedup and every equal-output count.
 REFERENCE = "ar"
+
+
+def weights_label(weights: Mapping[str, Any]) -> str:
+    """The tier in words, and whether anything was trained for TiDAR on top (a header's weights)."""
+    label = TIER_LABELS[weights["tier"]]
+    if adapters := weights.get("adapters"):
+        return f"{label}; with adapters trained by this project: {'; '.join(adapters)}"
+    return f"{label}; {NOT_TRAINED}" if weights["tier"] in ("embedded", "small") else label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,14 +232,14 @@ def to_markdown(record: RunRecord) -> str:
 
 def _heading(record: RunRecord) -> str:
     header = record.header
-    tier, env = header.weights["tier"], header.environment
+    env = header.environment
     where = env.get("gpu") or f"{env.get('cpu')}, {env.get('threads')} threads"
     done, planned = len(record.measurements), len(planned_keys(header))
     cap = header.profile["max_new_tokens"]
     lines = [
         f"# {record.name}",
         "",
-        f"- weights: {header.weights['name']}, **{TIER_LABELS[tier]}**",
+        f"- weights: {header.weights['name']}, **{weights_label(header.weights)}**",
         f"- machine: {where}; {header.dtype}; torch {env.get('versions', {}).get('torch')}",
         f"- profile {header.profile['name']}, commit {(header.commit or 'unknown')[:7]}"
         + (" with local changes" if header.dirty else ""),

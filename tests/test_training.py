@@ -382,3 +382,27 @@ def test_schedule_and_epochs(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(UserError, match=words.replace("(", r"\(").replace(")", r"\)")):
         make()
+
+
+def test_flex_mask_gives_what_the_blocks_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's path with the uncompiled reference of Flex Attention, on a CPU: the same outputs."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from tidar_ref.training import attention as module
+
+    rows = rows_of([example(3, 20, 1), example(0, 17, 2)], Objective(block_lens=(4,), grids=2))
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(rows.count, 4, 16, generator=g)
+    k, v = torch.randn(2, rows.count, 2, 16, generator=g)
+    monkeypatch.setattr(module, "_FLEX", [flex_attention])
+    ours = module._flex(rows)(q, k, v)
+    torch.testing.assert_close(
+        ours, attention(rows, kv_groups=2, dtype=torch.float32)(q, k, v), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_rows_keep_their_meaning_on_another_device() -> None:
+    rows = rows_of([example(3, 9)], TIDAR3)
+    moved = rows.to("cpu")
+    assert moved.clean == rows.clean and moved.documents == rows.documents
+    assert torch.equal(moved.labels, rows.labels)

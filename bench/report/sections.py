@@ -16,7 +16,7 @@ from bench import metrics
 from bench.records import Measurement
 from bench.report.markup import CAPTION, Folded, Part, Section, table
 from bench.store import MEASUREMENTS, SCORES, STEPS, RunRecord, planned_keys
-from bench.tables import REFERENCE, TIER_LABELS, to_markdown
+from bench.tables import REFERENCE, to_markdown, weights_label
 from bench.telemetry.summary import Cell
 from bench.validity import COUNTS, SPEED, Flag, Marks, flags_of, spoilers
 
@@ -113,7 +113,7 @@ def _what_ran(source: Source, marks: Marks) -> str:
         f"### {source.record.name}",
         "",
         f"- **What ran:** {generations}: {problems}; {machine}, {header.dtype}",
-        f"- **Weights:** {weights['name']}; {TIER_LABELS[source.tier]}",
+        f"- **Weights:** {weights['name']}; {weights_label(weights)}",
         f"- **It shows** {shows}",
         f"- **It does not show** {hides}",
         *[f"- {sentence}" for sentence in verdicts(source, marks.flags)],

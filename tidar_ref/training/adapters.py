@@ -1,14 +1,14 @@
 """Low-rank adapters: two placements, peft's file layout, merging, and full fine-tunes as adapters.
 
 placement "all": on every row (the paper's joint model); merged into the weights for decoding.
-placement "mask": on mask rows only; the AR half then is the base model's, bit for bit. A variant the
-paper does not have.
+placement "mask": on mask rows only; the AR half then is the base model's. A variant the paper does
+not have.
 
 Files are peft's: adapter_config.json and adapter_model.safetensors with the hub's module names, so
 `peft.PeftModel` reads an "all" adapter into transformers (a "mask" one it must refuse: on every row
-it would be wrong). tidar.json beside them is ours: placement, mask token, what made it. The fused products share one A: q, k and v
-(gate and up) get the same A and their own rows of B. The mask token's embedding row is one tensor
-more, `tidar.mask_embedding`, which peft ignores.
+it would be wrong). tidar.json beside them is ours: placement, mask token, what made it. The fused
+products share one A: q, k and v (gate and up) get the same A and their own rows of B. The mask
+token's embedding row is one tensor more, `tidar.mask_embedding`, which peft ignores.
 """
 
 from __future__ import annotations
