@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baselines._eagle3_head import EagleHead, load_head
+from baselines._eagle3_files import load_head
+from baselines._eagle3_head import EagleHead
 from tidar_ref.cache import KVCache
 from tidar_ref.decoding import State, StepTrace
 from tidar_ref.errors import UserError
