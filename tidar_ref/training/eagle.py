@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tidar_ref.cache import KVCache
 from tidar_ref.errors import UserError
+from tidar_ref.linear import Linear
 from tidar_ref.masks import causal_mask
 from tidar_ref.model import Transformer, rotate
 
@@ -132,8 +133,13 @@ def ttt_loss(
 def train_head(
     head: Any, model: Transformer, batches: Iterator[Tensor], config: EagleConfig, *, steps: int
 ) -> list[float]:
-    """Train the head in place on token batches [B, T]; the loss of every step. The target and its
-    embedding stay as they are."""
+    """Train the head in place on token batches [B, T]; the loss of every step.
+
+    The target and its embedding stay as they are. Prepared products of the head are undone.
+    """
+    for module in head.modules():
+        if isinstance(module, Linear):
+            module.forget()  # prepared products hold copies of the weights
     parameters = [p.requires_grad_() for p in head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas)
     losses = []
