@@ -130,10 +130,12 @@ def forward(
     allowed: Tensor,
     *,
     dtype: torch.dtype = torch.float64,
+    stale: tuple[Tensor, KeysValues] | None = None,
 ) -> tuple[Tensor, KeysValues]:
     """Logits [..., T, V] and each layer's rotated (keys, values) [..., T, Hkv, D], no cache.
 
-    `ids` and `positions` are [..., T]; `allowed` [T, T] says which key a query may read.
+    `ids` and `positions` are [..., T]; `allowed` [T, T] says which key a query may read. stale:
+    where its flags [T] are set, all read its keys and values instead of this pass's.
     """
     weights = {name: value.to(dtype) for name, value in state.items()}
     ids, positions = torch.as_tensor(ids), torch.as_tensor(positions)
@@ -152,6 +154,9 @@ def forward(
             q = rms_norm(q, weights[name + "q_norm.weight"], config.norm_eps)
             k = rms_norm(k, weights[name + "k_norm.weight"], config.norm_eps)
         q, k = rotate(q, positions, config), rotate(k, positions, config)
+        if stale is not None:
+            old, flags = stale[1][layer], stale[0][:, None, None]
+            k, v = (torch.where(flags, o, new) for o, new in zip(old, (k, v), strict=True))
         stored.append((k, v))
         mixed = []
         for head in range(heads):

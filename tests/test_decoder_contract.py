@@ -30,21 +30,12 @@ VARIANTS = {
         {"draft_len": 7, "max_ngram": 3},
     ],
     "block_diffusion": [
-        {"block_len": 4, "rule": "one"},
         {"block_len": 8, "rule": "threshold", "threshold": 0.6},
         {"block_len": 5, "rule": "steps", "steps": 3},
     ],
     "masked_diffusion": [
         {"gen_length": 20, "rule": "steps", "steps": 6, "cache": "none", "convention": "llada"},
-        {
-            "gen_length": 24,
-            "block_len": 8,
-            "rule": "threshold",
-            "threshold": 0.6,
-            "cache": "prefix",
-            "convention": "llada",
-        },
-        {"gen_length": 24, "block_len": 4, "rule": "one", "cache": "dual", "convention": "dream"},
+        {"gen_length": 20, "block_len": 4, "rule": "one", "cache": "dual", "convention": "dream"},
     ],
 }
 CASES = [

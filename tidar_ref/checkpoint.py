@@ -114,9 +114,10 @@ def load(
     """Weights named by `spec`: embedded, a .gguf path, a folder, random:<shape>, or a hub id.
 
     "BASE+ADAPTER" puts an adapter (a folder, or a name under results/adapters/) on a base.
-    prepare False leaves the plain parameters for training. seed is for random weights only. mask_token_id defaults to a token the vocabulary never uses in
-    text (`SPARE_TOKENS`), for random weights to the last id. UserError for whatever is missing,
-    damaged, unknown, or not computed exactly by the backbone.
+    prepare False leaves the plain parameters for training. seed is for random weights only.
+    mask_token_id defaults to a token the vocabulary never uses in text (`SPARE_TOKENS`), for random
+    weights to the last id. UserError for whatever is missing, damaged, unknown, or not computed
+    exactly by the backbone.
     """
     base, plus, adapter = spec.rpartition("+")
     if plus and not Path(spec).exists():
@@ -270,11 +271,12 @@ def _folder(
     _fill(model, listed, weights.shapes, weights.read, str(folder), ignore=ignore)
     eos = read_json(folder / "generation_config.json").get("eos_token_id", raw.get("eos_token_id"))
     ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    stated = raw.get("mask_token_id")
     lines = "".join(f"{path.name} {_sha256(path)}\n" for path in weights.files)
     return _loaded(
         model,
         from_folder(folder, eos_token_ids=ids),
-        default_mask=raw.get("mask_token_id", MASK_TOKENS.get(config.family)),
+        default_mask=MASK_TOKENS.get(config.family) if stated is None else stated,
         mask_token_id=mask_token_id,
         tier=tier,
         name=name or folder.resolve().name,
