@@ -77,6 +77,7 @@ OWN_INSTEAD = (
     ("mbpp", "own_code"),
     ("mbpp_plus", "own_code"),
     ("gsm8k_cot", "own_math"),
+    ("gsm8k_chain", "own_templates"),
 )
 PAPER_TASKS = ("humaneval", "mbpp", "mbpp_plus", "gsm8k_cot")
 
@@ -91,13 +92,15 @@ SMOKE = Profile(
 )
 EMBEDDED = Profile(
     name="embedded",
-    purpose="real weights from a package, two CPU cores, no hub: toy quality, real counting",
-    weights="embedded",
-    decoders=(AR, tidar(4), tidar(8)),
+    purpose="weights from a package, trained for TiDAR here; two CPU cores, no hub: toy quality",
+    weights="embedded+smollm2-tidar",
+    decoders=(AR, tidar(4), tidar(8), DecoderSpec(name="prompt_lookup")),
     tasks=(
-        TaskSpec(name="humaneval", limit=6),
-        TaskSpec(name="mbpp", limit=4),
-        TaskSpec(name="gsm8k_cot", limit=4),
+        TaskSpec(name="own_templates", limit=16),
+        TaskSpec(name="gsm8k_chain", limit=12),
+        TaskSpec(name="humaneval", limit=3),
+        TaskSpec(name="mbpp", limit=3),
+        TaskSpec(name="gsm8k_cot", limit=3),
     ),
     dtype="bfloat16",
     max_new_tokens=64,
