@@ -35,7 +35,7 @@ def text(name: str, notes: dict[str, Any], log: list[dict[str, Any]]) -> str:
     lines = [
         f"# {name}",
         "",
-        f"{recipe['purpose'].capitalize()}.",
+        f"{recipe['purpose'][0].upper()}{recipe['purpose'][1:]}.",
         "",
         f"- Base: {base}; sha256 `{notes['base_sha256']}` (licence: the base model's, Apache-2.0"
         " for SmolLM2).",

@@ -194,3 +194,13 @@ def test_another_thread_layer_is_refused_by_name(
 def test_an_odd_width_is_named() -> None:
     module = product(4, 3, False, torch.float32)
     assert module.kernel is None and kernel_route(module) == "torch (odd width or layout)"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_untied_head_takes_hidden_states_of_any_shape(dtype: torch.dtype) -> None:
+    head = product(96, 64, False, dtype)
+    hidden = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.inference_mode():
+        flat = head(hidden.reshape(6, 64))
+        assert torch.equal(head(hidden), flat.view(2, 3, 96))
+        assert torch.equal(head(hidden[0, 0]), head(hidden[0, :1])[0])

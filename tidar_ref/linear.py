@@ -77,13 +77,16 @@ class Fast(nn.Module):
 
 
 class Linear(Fast, nn.Linear):
-    """nn.Linear on 2-D input [rows, in] by the chosen route."""
+    """nn.Linear by the chosen route; x [..., in]."""
 
     def reset_parameters(self) -> None:
         """Nothing: weights are loaded or filled by `Transformer.init_random`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.weight, self.bias)
+        if x.dim() == 2:  # every product inside a layer
+            return self.multiply(x, self.weight, self.bias)
+        y = self.multiply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return y.view(*x.shape[:-1], -1)
 
     def prepare(self) -> None:
         """Choose the routes for inference; call again if weights change."""
