@@ -111,9 +111,11 @@ class Transformer(nn.Module):
         Rows of other tokens compute what they would without: exactly, x + 0 = x.
         """
         where = {"dtype": self.dtype, "device": self.device}
+        # Thin products in float32 on a CPU: torch emulates bfloat16 there, many times slower.
+        thin = {**where, "dtype": torch.float32} if self.device.type == "cpu" else where
         for index, layer in enumerate(self.layers):
             layer.low_rank = {
-                name: ((a * scale).to(**where), b.to(**where))
+                name: ((a * scale).to(**thin), b.to(**thin))
                 for name in ("qkv", "o", "gate_up", "down")
                 for a, b in (factors[f"layers.{index}.{name}"],)
             }
@@ -248,7 +250,7 @@ class Layer(nn.Module):
         if gate is None:
             return y
         a, b = self.low_rank[name]
-        return y + F.linear(F.linear(x, a), b) * gate
+        return y + F.linear(F.linear(x.to(a.dtype), a), b).to(y.dtype) * gate
 
 
 def attention_bias(
