@@ -257,7 +257,7 @@ def test_chunked_head_gives_the_same_loss_and_gradient(monkeypatch: pytest.Monke
         network.zero_grad(set_to_none=True)
         losses = network(rows, objective)
         (losses.ar_sum + losses.diffusion_sum).backward()
-        return float(losses.diffusion_sum), network.embed.weight.grad.clone(), losses.hits
+        return losses.diffusion_sum.item(), network.embed.weight.grad.clone(), losses.hits
 
     whole = run()
     monkeypatch.setattr("tidar_ref.training.network.KEPT_LOGITS", 0)
