@@ -45,6 +45,7 @@ def test_thin(path: Path) -> None:
     assert [cell for cell in book["cells"] if cell["cell_type"] == "markdown"]
 
 
+@pytest.mark.slow  # CI runs these after `make test`
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Executed from another folder, with whatever records are committed."""

@@ -52,6 +52,7 @@ def test_every_recipe_rehearses(name: str, tmp_path: Path) -> None:
     assert loaded.source.mask_token_id == 258
 
 
+@pytest.mark.slow  # three processes; CI runs it after `make test`
 def test_killed_run_goes_on_and_ends_like_an_unbroken_one(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "bench", "train", "--recipe", "smollm2-tidar", "--rehearse"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
