@@ -81,8 +81,11 @@ def load_head(spec: str, model: Transformer) -> EagleHead:
     return ready(head, model)
 
 
-def save_head(head: EagleHead, folder: Path) -> None:
-    """Write config.json and model.safetensors as SpecForge does, so that engines load them too."""
+def save_head(head: EagleHead, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and model.safetensors as SpecForge does, so that engines load them too.
+
+    dtype: of the weights on disk; None keeps the head's own.
+    """
     from safetensors.torch import save_file
 
     layer, config, embed = head.config.layer, head.config, head.embed.weight
@@ -122,7 +125,10 @@ def save_head(head: EagleHead, folder: Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    whole = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+    whole = {
+        name: value.detach().to(dtype if value.is_floating_point() else None).contiguous().cpu()
+        for name, value in tensors.items()
+    }
     save_file(whole, folder / "model.safetensors")
 
 

@@ -136,25 +136,45 @@ def default_taps(num_layers: int) -> tuple[int, int, int]:
     return 2, num_layers // 2, num_layers - 3
 
 
-@torch.no_grad()
 def random_head(model: Transformer, *, vocab: int = RANDOM_VOCAB, seed: int = 0) -> EagleHead:
     """An untrained head over the target's first `vocab` tokens; the same for the same seed."""
-    config, vocab = model.config, min(vocab, model.config.vocab_size)
+    ids = torch.arange(min(vocab, model.config.vocab_size))
+    return ready(_drawn_head(model, ids, seed), model)
+
+
+@torch.no_grad()
+def head_to_train(model: Transformer, target_ids: Tensor, *, seed: int = 0) -> EagleHead:
+    """A head over the target's tokens target_ids [Vd] that starts from what the target knows.
+
+    Output rows are the target's, the fused feature is the last tap plus noise: a small budget goes
+    into the layer.
+    """
+    head = _drawn_head(model, target_ids, seed)
+    hidden = model.config.hidden_size
+    head.fc.weight[:, -hidden:] += torch.eye(hidden, dtype=model.dtype, device=model.device)
+    head.lm_head.weight.copy_(model.lm_head.weight[head.target_ids])
+    head.norm.weight.copy_(model.norm.weight)
+    return head
+
+
+@torch.no_grad()
+def _drawn_head(model: Transformer, target_ids: Tensor, seed: int) -> EagleHead:
+    config = model.config
     layer = replace(
-        config, family="llama", vocab_size=vocab, num_layers=1, qkv_bias=False, qk_norm=False,
-        tied_embeddings=False,
+        config, family="llama", vocab_size=len(target_ids), num_layers=1, qkv_bias=False,
+        qk_norm=False, tied_embeddings=False,
     )  # fmt: skip
     shape = HeadConfig(
         layer=layer, taps=default_taps(config.num_layers), target_hidden=config.hidden_size
     )
-    head = EagleHead(shape, model.embed, torch.arange(vocab), name=RANDOM)
+    head = EagleHead(shape, model.embed, target_ids, name=RANDOM)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     for name, parameter in head.named_parameters():
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
         else:
             parameter.normal_(0.0, 0.02, generator=generator)
-    return ready(head, model)
+    return head
 
 
 def ready(head: EagleHead, model: Transformer) -> EagleHead:

@@ -30,7 +30,6 @@ def write_card(folder: Path) -> Path:
 def text(name: str, notes: dict[str, Any], log: list[dict[str, Any]]) -> str:
     """The card as Markdown."""
     recipe, corpus, machine = notes["recipe"], notes["corpus"], notes["environment"]
-    settings = recipe["adapter"]
     base = " + ".join([recipe["weights"].split("+")[0], *map(str, notes["base_adapters"])])
     lines = [
         f"# {name}",
@@ -39,8 +38,7 @@ def text(name: str, notes: dict[str, Any], log: list[dict[str, Any]]) -> str:
         "",
         f"- Base: {base}; sha256 `{notes['base_sha256']}` (licence: the base model's, Apache-2.0"
         " for SmolLM2).",
-        f"- Adapter: rank {settings['rank']}, {PLACEMENT[notes['placement']]}. Mask token id"
-        f" {notes['mask_token_id']}; its embedding row is `tidar.mask_embedding`.",
+        _what(notes),
         f"- Objective: `{json.dumps(recipe['objective'])}`.",
         f"- Trained: {notes['steps']} steps, {notes['clean_tokens']:,} clean tokens seen,"
         f" {notes['training_s'] / 60:.0f} minutes on {machine.get('gpu') or machine['cpu']}"
@@ -79,8 +77,21 @@ def text(name: str, notes: dict[str, Any], log: list[dict[str, Any]]) -> str:
         "",
         "![loss curves](loss.png)",
         "",
-        "Scores and tokens per forward are in the records under `results/records/` that name this"
-        " adapter's sha256 in their header.",
+        "Scores and tokens per forward are in the records under `results/records/` whose header"
+        f" names this {'head' if recipe.get('head') else 'adapter'}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _what(notes: dict[str, Any]) -> str:
+    if notes["recipe"].get("head"):
+        return (
+            f"- Draft head in the layout of SpecForge: {notes['draft_vocab']:,} draft tokens, taps"
+            f" at the inputs of layers {', '.join(map(str, notes['taps']))}; output rows started"
+            " as the target's."
+        )
+    return (
+        f"- Adapter: rank {notes['recipe']['adapter']['rank']}, {PLACEMENT[notes['placement']]}."
+        f" Mask token id {notes['mask_token_id']}; its embedding row is `tidar.mask_embedding`."
+    )

@@ -29,6 +29,8 @@ class Recipe:
     train are the keyword arguments of the classes of tidar_ref.training. Documents of more than
     max_tokens are left out (counted in the card), plain text is cut. distil: answers of up to
     answer_tokens are written by the weights themselves (greedy) instead of taken from the sources.
+    head: a draft head is trained beside the frozen weights instead of an adapter: draft_vocab and
+    the keyword arguments of tidar_ref.training.eagle.EagleConfig.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Recipe:
     answer_tokens: int = 64
     dtype: str = "float32"
     device: str = "auto"
+    head: dict[str, Any] | None = None
 
 
 CHAINS = (Source(name="gsm8k-chains", count=1_800), Source(name="templates", count=900))
@@ -88,6 +91,16 @@ SMOLLM2_RANDOM_MASK = dataclasses.replace(
     name="smollm2-tidar-random-mask",
     purpose="ablation (Table 5): random masking ratios instead of all masks",
     objective=dict(kind="tidar", block_lens=(4, 8), grids=2, masking="random"),
+)
+SMOLLM2_EAGLE3 = dataclasses.replace(
+    SMOLLM2_TIDAR,
+    name="smollm2-eagle3",
+    purpose="an EAGLE-3 draft head for smollm2-tidar's AR half: the same documents and steps",
+    weights="embedded+smollm2-tidar",
+    objective=dict(kind="eagle3"),
+    adapter=None,
+    head=dict(draft_vocab=8192),
+    train={**SMOLLM2_TRAIN, "lr": 1e-3, "clip": 0.5},
 )
 
 # On one H100: the embedded tier again on many more tokens. Five runs fit 25 minutes at 4.5 each.
@@ -174,6 +187,29 @@ H100_SMALL = tuple(
     )
 )
 
+# The head's own H100 runs: for the drafts to beat, target and documents as the joint models'.
+H100_HEADS = tuple(
+    dataclasses.replace(
+        of,
+        name=name,
+        purpose=purpose,
+        objective=dict(kind="eagle3"),
+        adapter=None,
+        head=dict(draft_vocab=32_000),
+        distil=distil,
+        train={**of.train, "lr": 5e-4, "clip": 0.5},
+    )
+    for name, of, distil, purpose in (
+        ("h100-smollm2-eagle3", H100_EMBEDDED[0], False, "an EAGLE-3 head for the embedded tier"),
+        (
+            "h100-qwen0.5b-eagle3",
+            H100_SMALL_GATED,
+            True,
+            "an EAGLE-3 head for Qwen2.5-Coder-0.5B-Instruct's own answers",
+        ),
+    )
+)
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -182,9 +218,11 @@ RECIPES: dict[str, Recipe] = {
         SMOLLM2_GATED,
         SMOLLM2_BLOCK,
         SMOLLM2_RANDOM_MASK,
+        SMOLLM2_EAGLE3,
         *H100_EMBEDDED,
         H100_SMALL_GATED,
         *H100_SMALL,
+        *H100_HEADS,
     )
 }
 

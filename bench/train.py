@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tidar_ref.training.trainer import StepLog, Trainer
 
 ADAPTER_EVERY_S = 300.0
-ADAPTER_FOLDER = "adapter"
+ADAPTER_FOLDER, HEAD_FOLDER = "adapter", "head"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,7 @@ def train(
     import torch
     from tqdm import tqdm
 
+    from bench import heads
     from tidar_ref import checkpoint
     from tidar_ref.training.adapters import AdapterConfig
     from tidar_ref.training.network import TrainingNetwork
@@ -61,10 +62,13 @@ def train(
     device = _join_ranks(_device(recipe.device))
     loaded = checkpoint.load(recipe.weights, device=device, dtype=recipe.dtype, prepare=False)
     corpus = _corpus(recipe, loaded, out, data_dir)
-    adapter = AdapterConfig(**recipe.adapter) if recipe.adapter else None
-    network = TrainingNetwork(
-        loaded.model, mask_token_id=loaded.source.mask_token_id, adapters=adapter
-    )
+    if recipe.head is not None:
+        network = heads.network(recipe, loaded, corpus.examples)
+    else:
+        adapter = AdapterConfig(**recipe.adapter) if recipe.adapter else None
+        network = TrainingNetwork(
+            loaded.model, mask_token_id=loaded.source.mask_token_id, adapters=adapter
+        )
     if ranked():
         network = shard(network)
     objective, config = Objective(**recipe.objective), TrainConfig(**recipe.train)
@@ -107,9 +111,10 @@ def finish(out: Path) -> None:
     from bench import cards
     from bench.figures import style, training
 
-    folder = out / ADAPTER_FOLDER
-    if not folder.is_dir():
+    made = [out / name for name in (ADAPTER_FOLDER, HEAD_FOLDER) if (out / name).is_dir()]
+    if not made:
         return  # a full fine-tune: its weights are in the checkpoint
+    (folder,) = made
     shutil.copy(out / "loss.jsonl", folder / "loss.jsonl")
     with style.styled():
         figure = training.draw({out.name: training.read_log(out)})
@@ -201,15 +206,17 @@ def _corpus(recipe: Recipe, loaded: LoadedModel, out: Path, data_dir: Path | Non
 def _save(
     recipe: Recipe, loaded: LoadedModel, corpus: Corpus, trainer: Trainer, argv: Sequence[str]
 ) -> None:
-    """Write the adapter as it stands, with what made it."""
+    """Write the adapter or head as it stands, with what made it."""
     from tidar_ref.training import adapters
 
-    if trainer.network.adapters is None:
+    if trainer.network.adapters is None and recipe.head is None:
         return
+    from bench import heads
     from bench.environment import describe, portable
 
-    # Sharded parameters are gathered by all ranks together; the first one writes.
-    adapter = adapters.adapter_of(trainer.network, mask_token_id=loaded.source.mask_token_id)
+    if recipe.head is None:
+        # Sharded parameters are gathered by all ranks together; the first one writes.
+        adapter = adapters.adapter_of(trainer.network, mask_token_id=loaded.source.mask_token_id)
     if trainer.rank:
         return
     notes = {
@@ -225,6 +232,9 @@ def _save(
         "ranks": trainer.world,
         "saved": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    if recipe.head is not None:
+        heads.save(trainer.network, trainer.folder / HEAD_FOLDER, notes)
+        return
     folder = trainer.folder / ADAPTER_FOLDER
     base = loaded.source.name.partition(" + ")[0]
     adapters.save(adapter, folder, loaded.model.config, base=base, notes=notes)

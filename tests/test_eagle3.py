@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from baselines import _eagle3_files, _eagle3_head, eagle3
+from bench.heads import draft_vocabulary
 from bench.profiles import DecoderSpec
 from bench.registry import check_decoder
 from tidar_ref.config import ModelConfig
@@ -27,6 +29,8 @@ from tidar_ref.decoding import State, StepTrace, generate
 from tidar_ref.errors import UserError
 from tidar_ref.sampling import Sampling
 from tidar_ref.training import eagle
+from tidar_ref.training.rows import Example, Objective, build_rows
+from tidar_ref.training.trainer import TrainConfig, Trainer
 
 CHAINS = [{"depth": 3}, {"depth": 5}, {"depth": 7}]
 TREES = [
@@ -300,8 +304,19 @@ def trained_head() -> tuple[_eagle3_head.EagleHead, list[float]]:
     """(head for `trained_tiny`, its losses)."""
     model = tiny.trained_tiny().model
     head = _eagle3_head.random_head(model, seed=1)
-    config = eagle.EagleConfig(unrolls=3, lr=1e-2)
-    return head, eagle.train_head(head, model, motifs(2), config, steps=70)
+    config = eagle.EagleConfig(unrolls=3)
+    network = eagle.HeadNetwork(head, model, config, mask_token_id=tiny.MASK)
+    texts = [row for _, batch in zip(range(70), motifs(2), strict=False) for row in batch.tolist()]
+    settings = TrainConfig(
+        steps=70, batch=24, micro_batch=24, lr=1e-2, min_lr_ratio=1.0, warmup=0.0, clip=0.5
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        examples = [Example(prompt=(), response=tuple(text)) for text in texts]
+        trainer = Trainer(network, examples, Objective(kind="eagle3"), settings, Path(folder))
+        losses: list[float] = []
+        trainer.run(lambda log: losses.append(log.diffusion_loss or 0.0))
+    head.requires_grad_(False)
+    return head, losses
 
 
 @cache
@@ -687,6 +702,41 @@ def test_the_loss_by_hand(tmp_path: Path) -> None:
             config = eagle.EagleConfig(unrolls=2)
             loss = eagle.ttt_loss(head, taps, tokens, logits, config, wanted=mask)
         assert float(loss) == pytest.approx(total, rel=1e-4) and left_out
+
+
+def test_a_batch_is_its_documents(tmp_path: Path) -> None:
+    """Documents of unlike lengths, padded together: sums over responses equal those of each."""
+    target = tiny.random_tiny("qwen2")
+    write_head(tmp_path, "specforge", target)
+    head = _eagle3_files.load_head(str(tmp_path), target.model)
+    config = eagle.EagleConfig(unrolls=3)
+    network = eagle.HeadNetwork(head, target.model, config, mask_token_id=tiny.MASK)
+    texts = [((3, 9, 1), (4, 4, 12)), ((5,), (8, 0, 1, 3, 9, 2)), ((), (1, 13, 4))]
+    examples = [Example(prompt=p, response=r) for p, r in texts]
+    objective = Objective(kind="eagle3")
+    rows = build_rows(examples, objective, mask_token_id=tiny.MASK, seeds=[0, 1, 2])
+    with torch.no_grad():
+        together = network(rows, objective)
+        alone = []
+        for example in examples:
+            tokens = torch.tensor([example.tokens])
+            wanted = torch.zeros_like(tokens, dtype=torch.bool)
+            wanted[:, max(len(example.prompt), 1) :] = True
+            taps, logits = eagle.target_outputs(target.model, tokens)
+            loss = eagle.ttt_loss(head, taps, tokens, logits, config, wanted=wanted)
+            alone.append(float(loss) * (tokens.shape[1] - 1))
+    assert float(together.diffusion_sum) == pytest.approx(sum(alone), rel=1e-5)
+    assert sum(alone) > 0 and float(together.ar_sum) == 0
+
+
+def test_a_head_to_train_starts_from_the_target() -> None:
+    """Output rows and norm are the target's, for exactly the tokens that were asked for."""
+    model = tiny.random_tiny("llama").model
+    head = _eagle3_head.head_to_train(model, torch.tensor([2, 3, 5, 11]))
+    assert torch.equal(head.lm_head.weight, model.lm_head.weight[[2, 3, 5, 11]])
+    assert torch.equal(head.norm.weight, model.norm.weight)
+    assert draft_vocabulary([[7, 7, 9], [9, 9, 15]], 4, never=15) == [0, 1, 7, 9]
+    assert draft_vocabulary([[7, 7, 9], [9, 9, 15]], 1, never=15) == [9]
 
 
 def test_the_head_learns() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from baselines import eagle3
 from bench import cli
 from bench.recipes import RECIPES, Source, get_recipe
 from bench.train import rehearsal, train
@@ -22,7 +23,7 @@ from tidar_ref.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-FAST = ("smollm2-tidar", "smollm2-tidar-gated", "h100-qwen0.5b-k8")
+FAST = ("smollm2-tidar", "smollm2-tidar-gated", "smollm2-eagle3", "h100-qwen0.5b-k8")
 
 
 @pytest.mark.parametrize(
@@ -39,14 +40,19 @@ def test_every_recipe_rehearses(name: str, tmp_path: Path) -> None:
     assert done.finished and done.steps == 2
     log = [json.loads(line) for line in (tmp_path / "run" / "loss.jsonl").open()]
     assert [row["step"] for row in log] == [1, 2]
-    if small.adapter is None:
+    if small.adapter is None and small.head is None:
         return
-    folder = tmp_path / "run" / "adapter"
+    folder = tmp_path / "run" / ("adapter" if small.head is None else "head")
     card = (folder / "README.md").read_text()
     assert "2 steps" in card and "templates" in card and (folder / "loss.png").stat().st_size > 1000
     notes = json.loads((folder / "tidar.json").read_text())
     assert notes["steps"] == 2 and notes["recipe"]["name"] == small.name
     assert notes["corpus"]["sources"]["templates"]["hygiene"]["checked"]["own_math"]
+    if small.head is not None:
+        assert "Draft head" in card and log[1]["diffusion_loss"] < 1.1 * log[0]["diffusion_loss"]
+        drafter = eagle3.build(load("random:tiny").model, head=str(folder)).drafter
+        assert drafter.trained and len(drafter.target_ids) == notes["draft_vocab"]
+        return
     loaded = load(f"random:tiny+{folder}")
     assert loaded.source.adapters[0].startswith("adapter sha256 ")
     assert loaded.source.mask_token_id == 258

@@ -1,4 +1,4 @@
-"""Loss curves of training runs: AR and draft loss, and how often a mask row was right."""
+"""Loss curves of training runs: AR and draft loss, and how often a draft was right."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOOKS = ((BLUE, "-"), (GREEN, "--"), (ORANGE, "-."), (BLACK, ":"))
 PANELS = (
     ("ar_loss", "AR loss (nats per token)"),
     ("diffusion_loss", "draft loss (nats per token)"),
-    ("draft_accuracy", "mask rows guessed right (share)"),
+    ("draft_accuracy", "drafts guessed right (share)"),
 )
 
 

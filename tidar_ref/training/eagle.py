@@ -15,25 +15,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tidar_ref.cache import KVCache
 from tidar_ref.errors import UserError
 from tidar_ref.linear import Linear
 from tidar_ref.masks import causal_mask
 from tidar_ref.model import Transformer, rotate
+from tidar_ref.training.network import Losses
+from tidar_ref.training.rows import IGNORE, Objective, Rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class EagleConfig:
-    """unrolls of the training-time test and the weight decay^i of unroll i (both published);
-    optimiser: the paper's AdamW with betas (0.9, 0.95), lr 5e-5, clipping at 0.5."""
+    """unrolls of the training-time test and the weight decay^i of unroll i (both published)."""
 
     unrolls: int = 7
     decay: float = 0.8
-    lr: float = 5e-5
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 0.5
 
     def __post_init__(self) -> None:
         if not isinstance(self.unrolls, int) or self.unrolls < 1:
@@ -115,42 +113,82 @@ def ttt_loss(
     all. Slots whose target argmax the draft vocabulary lacks add nothing but stay in the mean.
     """
     batch, length = tokens.shape
+    return _ttt(head, taps, tokens, logits, config, wanted)[0] / (batch * (length - 1))
+
+
+def _ttt(
+    head: Any,
+    taps: Mapping[int, Tensor],
+    tokens: Tensor,
+    logits: Tensor,
+    config: EagleConfig,
+    wanted: Tensor | None,
+) -> tuple[Tensor, int]:
+    """(`ttt_loss` as a sum over slots, counted slots whose first draft is the target's choice)."""
     known = torch.zeros(logits.shape[-1], dtype=torch.bool, device=tokens.device)
     known[head.target_ids] = True
     counts = known[logits.argmax(dim=-1)]  # [B, T]: of the token behind each
     if wanted is not None:
         counts[:, :-1] &= wanted[:, 1:]
         counts[:, -1] = False
-    total = logits.new_zeros((), dtype=torch.float32)
+    taught = logits[..., head.target_ids].float().softmax(dim=-1)
+    total, hits = logits.new_zeros((), dtype=torch.float32), 0
     for draft, i in unroll(head, taps, tokens, config.unrolls):
-        teacher = logits[:, 1 + i :, head.target_ids].float().softmax(dim=-1)
+        teacher, counted = taught[:, 1 + i :], counts[:, 1 + i :]
         entropy = -(teacher * draft.float().log_softmax(dim=-1)).sum(dim=-1)
-        share = (entropy * counts[:, 1 + i :]).sum() / (batch * (length - 1))
-        total = total + config.decay**i * share
-    return total
+        total = total + config.decay**i * (entropy * counted).sum()
+        if i == 0:
+            right = draft.argmax(dim=-1) == teacher.argmax(dim=-1)
+            hits = int((right & counted).sum())
+    return total, hits
 
 
-def train_head(
-    head: Any, model: Transformer, batches: Iterator[Tensor], config: EagleConfig, *, steps: int
-) -> list[float]:
-    """Train the head in place on token batches [B, T]; the loss of every step.
+class HeadNetwork(nn.Module):
+    """A draft head behind the trainer's interface (objective "eagle3"): the target stays as it is.
 
-    The target and its embedding stay as they are. Prepared products of the head are undone.
+    head: a draft head of `model`, trained in place. The embedding is the target's, frozen.
     """
-    for module in head.modules():
-        if isinstance(module, Linear):
-            module.forget()  # prepared products hold copies of the weights
-    parameters = [p.requires_grad_() for p in head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas)
-    losses = []
-    for _ in range(steps):
-        tokens = next(batches).to(model.device)
-        taps, logits = target_outputs(model, tokens)
-        loss = ttt_loss(head, taps, tokens, logits, config)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.step()
-        losses.append(loss.item())
-    head.requires_grad_(False)
-    return losses
+
+    gated, adapters = False, None
+
+    def __init__(
+        self, head: Any, model: Transformer, config: EagleConfig, *, mask_token_id: int
+    ) -> None:
+        super().__init__()
+        for module in head.modules():
+            if isinstance(module, Linear):
+                module.forget()  # prepared products hold copies of the weights
+        self.head, self.config, self.mask_token_id = head.requires_grad_(), config, mask_token_id
+        self._model = (model.requires_grad_(False),)  # in a tuple: not a part of what is trained
+
+    @property
+    def embed(self) -> nn.Embedding:
+        """The target's table."""
+        return self._model[0].embed
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        return dict(self.named_parameters())
+
+    def forward(self, rows: Rows, objective: Objective) -> Losses:
+        """`ttt_loss` of the packed documents as a sum over labels; hits are those of unroll 0."""
+        tokens, wanted = padded(rows)
+        taps, logits = target_outputs(self._model[0], tokens)
+        loss, hits = _ttt(self.head, taps, tokens, logits, self.config, wanted)
+        return Losses(loss.new_zeros(()), loss, hits)
+
+
+def padded(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Clean rows as (tokens [B, T], wanted [B, T]: True on tokens to learn), zeros behind the end.
+
+    What is behind a text is seen by nothing before it.
+    """
+    spans = [clean for clean, _ in rows.documents]
+    longest = max(span.stop - span.start for span in spans)
+    tokens = rows.ids.new_zeros(len(spans), longest)
+    wanted = torch.zeros_like(tokens, dtype=torch.bool)
+    for index, span in enumerate(spans):
+        count = span.stop - span.start
+        tokens[index, :count] = rows.ids[span]
+        wanted[index, 1:count] = (rows.labels[span] != IGNORE)[:-1]
+    return tokens, wanted

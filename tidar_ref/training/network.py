@@ -206,7 +206,7 @@ def objective_loss(
     diffusion = losses.diffusion_sum / max(diffusion_weight, 1.0)
     if objective.kind == "ar":
         return ar
-    if objective.kind == "block_diffusion":
+    if objective.kind in ("block_diffusion", "eagle3"):
         return diffusion
     return (objective.alpha * ar + diffusion) / (1 + objective.alpha)
 

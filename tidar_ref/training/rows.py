@@ -22,7 +22,7 @@ from torch import Tensor
 from tidar_ref.errors import UserError
 
 IGNORE = -100
-OBJECTIVES = ("tidar", "ar", "block_diffusion")
+OBJECTIVES = ("tidar", "ar", "block_diffusion", "eagle3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,8 @@ class Objective:
     """What is trained. The three siblings differ in this record only.
 
     kind: "tidar" (causal clean rows, mask blocks), "ar" (clean rows only), "block_diffusion"
-    (clean rows block-causal, no next-token loss). block_lens: each grid draws one of them.
+    (clean rows block-causal, no next-token loss), "eagle3" (clean rows, for a draft head's
+    `tidar_ref.training.eagle.HeadNetwork`). block_lens: each grid draws one of them.
     alpha: weight of the AR term (2.4). masking: "full", or "random" with a ratio drawn per block.
     random_offset: the grid starts 0..K-1 tokens into the response, else at its first token (at the
     document's first token without a prompt). grids: block grids per document, sharing its clean
@@ -125,7 +126,7 @@ def build_rows(
         if len(tokens) < 2 or not example.response:
             raise UserError(f"training document {index} has no token to predict: drop it")
         before = (clean.count, masks.count)
-        grids = 0 if objective.kind == "ar" else objective.grids
+        grids = 0 if objective.kind in ("ar", "eagle3") else objective.grids
         starts = [_draw_grid(objective, generator, first) for _ in range(grids)]
         _add_clean(clean, tokens, first, index, objective, starts)
         for length, start in starts:

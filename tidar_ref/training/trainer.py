@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tidar_ref.errors import UserError
+from tidar_ref.training.eagle import HeadNetwork
 from tidar_ref.training.network import TrainingNetwork, objective_loss
 from tidar_ref.training.rows import IGNORE, Example, Objective, Rows, build_rows
 
@@ -65,7 +66,8 @@ class TrainConfig:
 class StepLog:
     """One optimiser step. Losses are means over targets (nats); None if the term has no target.
 
-    draft_accuracy: share of mask rows guessed right. tokens: clean tokens seen so far.
+    draft_accuracy: share of drafts guessed right (mask rows; of a draft head its first unroll).
+    tokens: clean tokens seen so far.
     """
 
     step: int
@@ -96,7 +98,7 @@ class Trainer:
 
     def __init__(
         self,
-        network: TrainingNetwork,
+        network: TrainingNetwork | HeadNetwork,
         examples: Sequence[Example],
         objective: Objective,
         config: TrainConfig,
@@ -190,6 +192,8 @@ class Trainer:
         # One all-reduce for the whole batch's targets, weight of the mask targets, tokens and rows.
         *counts, weight = self._summed([_counts(rows) for rows in parts])
         ar_rows, diffusion_rows, tokens, row_count = (int(value) for value in counts)
+        if self.objective.kind == "eagle3":  # its drafts learn the labels of the clean rows
+            ar_rows, diffusion_rows, weight = 0, ar_rows, float(ar_rows)
         sums = torch.zeros(3, dtype=torch.float64)
         autocast = torch.autocast(self.device.type, torch.bfloat16) if config.autocast else None
         for rows in parts:
