@@ -6,7 +6,7 @@ Read from finished or unfinished record folders; nothing is generated or timed h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ from typing import Any
 from bench import metrics
 from bench.store import HEADER, RunRecord, read_record
 from bench.tables import REFERENCE, TableRow, table_rows
+from bench.telemetry.summary import Cell
+from bench.validity import COUNTS, SCORE, SPEED, Flag, flags_of, spoilers
+
+Flags = Mapping[Cell, Sequence[Flag]]
 
 SLOTS_HEADER = "slots_header.json"  # of a width record (bench/slots/record.py)
 RECORDS_DIR = Path(__file__).resolve().parents[1] / "results" / "records"
@@ -36,7 +40,7 @@ class Observed:
 
     `shape` is the lower-case name of the weights without owner ("qwen3-8b"); `params` are the
     decoder's; `whole` is False when not every problem of the task ran to the paper's length;
-    `n` counts problems.
+    `n` counts problems; `spoiled` names the validity flags that keep the number out of comparisons.
     """
 
     record: str
@@ -55,6 +59,7 @@ class Observed:
     high: float | None
     n: int
     whole: bool
+    spoiled: tuple[str, ...]
 
 
 def shape_of(weights: str) -> str:
@@ -85,7 +90,7 @@ def observe_slots(folder: Path) -> list[Observed]:
     found = [point for point in points(record) if point.batch == 1]
     device = record.header.environment.get("gpu") or record.header.device
     shared = {"record": record.name, "adapters": (), "tier": "random", "device": device,
-              "task": "", "whole": True}  # fmt: skip
+              "task": "", "whole": True, "spoiled": ()}  # fmt: skip
     made = []
     for line in slot_lines(record, found):
         if line["median_s"] is not None:
@@ -115,12 +120,12 @@ def observe_slots(folder: Path) -> list[Observed]:
 def observe(record: RunRecord) -> list[Observed]:
     """Every claim-like number of one record: scores, T/NFE, speeds, step costs, their means."""
     found: list[Observed] = []
-    rows = table_rows(record)
+    rows, flags = table_rows(record), flags_of(record)
     for label in record.header.decoders:
         mine = [row for row in rows if row.decoder == label]
-        cells = [cell for row in mine for cell in _of_row(record, row)]
+        cells = [cell for row in mine for cell in _of_row(record, row, flags)]
         found += cells + _means(cells)
-        found += _step_ratio(record, label)
+        found += _step_ratio(record, label, flags)
     return found
 
 
@@ -152,7 +157,19 @@ def _observed(record: RunRecord, label: str, **values: Any) -> Observed:
     )
 
 
-def _of_row(record: RunRecord, row: TableRow) -> list[Observed]:
+# What each number is made of: a flag that spoils one of these spoils the number.
+MADE_OF = {
+    "score": (SCORE,),
+    "t_per_nfe": (COUNTS,),
+    "acceptance_length": (COUNTS,),
+    "tokens_per_s": (SPEED, COUNTS),
+    "speedup": (SPEED, COUNTS),
+    "step_ratio": (SPEED,),
+}
+
+
+def _of_row(record: RunRecord, row: TableRow, flags: Flags) -> list[Observed]:
+    cell, both = (row.decoder, row.task), ((row.decoder, row.task), (REFERENCE, row.task))
     limit = record.header.profile["max_new_tokens"]
     whole = row.n >= PROBLEMS.get(row.task, row.n + 1) and not (
         limit and limit < LENGTHS.get(row.task, 0)
@@ -174,6 +191,7 @@ def _of_row(record: RunRecord, row: TableRow) -> list[Observed]:
         _observed(
             record, row.decoder, task=task, metric=metric, value=value, low=low, high=high,
             n=row.n, whole=whole,
+            spoiled=spoilers(MADE_OF[metric], both if metric == "speedup" else (cell,), flags),
         )
         for task, metric, value, low, high in numbers
         if value is not None
@@ -210,18 +228,17 @@ def _means(cells: list[Observed]) -> list[Observed]:
                     "high": None,
                     "n": sum(cell.n for cell in there),
                     "whole": all(cell.whole for cell in there),
+                    "spoiled": tuple(dict.fromkeys(n for cell in there for n in cell.spoiled)),
                 }
                 found[group, metric] = Observed(**{**there[0].__dict__, **values})
                 made.append(found[group, metric])
     return made
 
 
-def _step_ratio(record: RunRecord, label: str) -> list[Observed]:
+def _step_ratio(record: RunRecord, label: str, flags: Flags) -> list[Observed]:
     """Seconds of a step over seconds of an AR step, on the (task, problem, repeat) both ran."""
     reference = {row.pair: row for row in record.measurements if row.decoder == REFERENCE}
-    mine = [
-        row for row in record.measurements if row.decoder == label and row.pair in reference
-    ]
+    mine = [row for row in record.measurements if row.decoder == label and row.pair in reference]
     theirs = [reference[row.pair] for row in mine]
     if label == REFERENCE or not mine:
         return []
@@ -230,8 +247,10 @@ def _step_ratio(record: RunRecord, label: str) -> list[Observed]:
     if not all((*forwards, *seconds)):
         return []
     ratio = (seconds[0] / forwards[0]) / (seconds[1] / forwards[1])
+    cells = [(name, task) for name in (label, REFERENCE) for task in {row.task for row in mine}]
     return [
         _observed(
-            record, label, task="", metric="step_ratio", value=ratio, n=len(mine), whole=True
+            record, label, task="", metric="step_ratio", value=ratio, n=len(mine), whole=True,
+            spoiled=spoilers(MADE_OF["step_ratio"], cells, flags),
         )
-    ]
+    ]  # fmt: skip

@@ -3,6 +3,7 @@
 reproduced        same weights and setting, ours within the claim's tolerance
 off               same weights and setting, ours outside it; by how much
 predicted         T/NFE as claimed, step times ours: speedup = T/NFE / (own step / AR step)
+flagged           same weights and setting, but a validity flag spoils ours: shown, not compared
 different weights the same method and quantity on other weights: beside it, not judged
 different setting the same weights, but other problems, length or hardware: not judged
 not run           nothing of ours; `needs` says what it would take
@@ -40,9 +41,9 @@ from bench.claims_ours import (
 )
 from tidar_ref.errors import UserError
 
-REPRODUCED, OFF, PREDICTED = "reproduced", "off", "predicted"
+REPRODUCED, OFF, PREDICTED, FLAGGED = "reproduced", "off", "predicted", "flagged"
 OTHER_WEIGHTS, OTHER_SETTING, NOT_RUN = "different weights", "different setting", "not run"
-VERDICTS = (REPRODUCED, OFF, PREDICTED, OTHER_WEIGHTS, OTHER_SETTING, NOT_RUN)
+VERDICTS = (REPRODUCED, OFF, PREDICTED, FLAGGED, OTHER_WEIGHTS, OTHER_SETTING, NOT_RUN)
 # Numbers that depend on the machine as well as on the weights; the claims are of an H100.
 TIMED = {"speedup", "tokens_per_s", "latency", "time", "step_ratio"}
 STEP_COSTS = ("step_ratio", "latency")  # the shape of the weights decides them, not their values
@@ -56,7 +57,8 @@ class Judged:
     """A claim, our number beside it, the verdict and its reason.
 
     `ours` is in the claim's unit; `difference` is ours minus the claim's value, only where the
-    two are comparable (reproduced, off, predicted); `needs` is filled where a measurement lacks.
+    two are comparable (reproduced, off, predicted); `needs` is filled where a measurement lacks;
+    `flags` names what spoils ours.
     """
 
     claim: Claim
@@ -71,6 +73,7 @@ class Judged:
     difference: float | None
     reason: str
     needs: str
+    flags: tuple[str, ...]
 
 
 def judge_all(claims: Sequence[Claim], observed: Sequence[Observed]) -> list[Judged]:
@@ -89,7 +92,8 @@ def _judge(claim: Claim, tokens: Claim | None, observed: Sequence[Observed]) -> 
     same = [item for item in like if _same_weights(claim, item)]
     comparable = [item for item in same if not _setting_difference(claim, item)]
     if comparable:
-        return _compared(claim, _best(comparable))
+        best = _best(comparable)
+        return _beside(claim, best, FLAGGED) if best.spoiled else _compared(claim, best)
     if same:
         best = _best(same)
         return _beside(claim, best, OTHER_SETTING, _setting_difference(claim, best))
@@ -165,8 +169,8 @@ def _setting_difference(claim: Claim, item: Observed) -> str:
 
 
 def _best(items: Sequence[Observed]) -> Observed:
-    """Whole runs first, then more problems, then the newest record by name."""
-    return max(items, key=lambda item: (item.whole, item.n, item.record))
+    """Clean numbers first, then whole runs, more problems, the newest record by name."""
+    return max(items, key=lambda item: (not item.spoiled, item.whole, item.n, item.record))
 
 
 def _compared(claim: Claim, item: Observed) -> Judged:
@@ -176,13 +180,13 @@ def _compared(claim: Claim, item: Observed) -> Judged:
     return _judged(claim, REPRODUCED if near else OFF, item, difference=gap, reason=reason)
 
 
-def _beside(claim: Claim, item: Observed, verdict: str, reason: str) -> Judged:
+def _beside(claim: Claim, item: Observed, verdict: str, reason: str = "") -> Judged:
+    flags = f"flags: {', '.join(item.spoiled)}" if item.spoiled else ""
+    reason = "; ".join(part for part in (reason, flags) if part)
     return _judged(claim, verdict, item, reason=reason, needs=needs(claim))
 
 
-def _predicted(
-    claim: Claim, tokens: Claim | None, observed: Sequence[Observed]
-) -> Judged | None:
+def _predicted(claim: Claim, tokens: Claim | None, observed: Sequence[Observed]) -> Judged | None:
     """Speedup from the claimed T/NFE and our step cost of the same shape, K and decoder."""
     if claim.metric != "speedup" or claim.decoder != "tidar" or tokens is None:
         return None
@@ -194,6 +198,7 @@ def _predicted(
         and item.shape == SHAPES.get(claim.size)
         and item.params.get("block_len") == claim.block_len
         and "outcomes" not in item.params
+        and not item.spoiled
     ]
     if not costs:
         return None
@@ -228,6 +233,7 @@ def _judged(
         difference=difference,
         reason=reason,
         needs=needs,
+        flags=item.spoiled if item else (),
     )
 
 
@@ -309,7 +315,7 @@ def counts(judged: Sequence[Judged]) -> dict[str, int]:
         "with ours beside": sum(item.ours is not None for item in judged),
         "with verdict": tally[REPRODUCED] + tally[OFF] + tally[PREDICTED],
         **{verdict: tally[verdict] for verdict in VERDICTS},
-        "open": tally[OTHER_WEIGHTS] + tally[OTHER_SETTING] + tally[NOT_RUN],
+        "open": tally[FLAGGED] + tally[OTHER_WEIGHTS] + tally[OTHER_SETTING] + tally[NOT_RUN],
     }
 
 
@@ -325,6 +331,7 @@ def to_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
             "ours_weights": item.weights,
             "ours_decoder": item.label,
             "ours_record": item.record,
+            "ours_flags": " ".join(item.flags),
             "verdict": item.verdict,
             "difference": item.difference,
             "reason": item.reason,

@@ -153,6 +153,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "ours_weights": ("", "weights behind it"),
         "ours_decoder": ("", "label of the decoder behind it"),
         "ours_record": ("", "record behind it"),
+        "ours_flags": ("", "validity flags that spoil it, with blanks between"),
         "verdict": ("", "see docs/metrics.md"),
         "difference": ("see unit", "ours minus value, where comparable"),
         "reason": ("", "why this verdict"),

@@ -15,6 +15,7 @@ from bench import claims_ours, claims_verdict, cli
 from bench.claims import Claim, load_claims, load_findings, load_properties
 from bench.claims_ours import Observed
 from bench.claims_verdict import (
+    FLAGGED,
     NOT_RUN,
     OFF,
     OTHER_SETTING,
@@ -52,6 +53,7 @@ def seen(**changes: Any) -> Observed:
         "high": 43.0,
         "n": 164,
         "whole": True,
+        "spoiled": (),
     }
     return Observed(**{**values, **changes})
 
@@ -98,6 +100,28 @@ def test_the_better_run_is_shown() -> None:
     few = seen(value=1.0, whole=False, n=3, record="z")
     (judged,) = judge_all([claim(TABLE2_AR)], [few, seen(), few])
     assert (judged.verdict, judged.ours, judged.n) == (REPRODUCED, 36.6, 164)
+
+
+def test_a_flagged_number_is_shown_and_not_judged() -> None:
+    spoiled = seen(spoiled=("throttled", "resumed"), record="z", n=999)
+    (judged,) = judge_all([claim(TABLE2_AR)], [spoiled])
+    assert (judged.verdict, judged.ours, judged.difference) == (FLAGGED, 36.6, None)
+    assert judged.reason == "flags: throttled, resumed" and judged.needs
+    (row,) = claims_verdict.to_rows([judged])
+    assert row["ours_flags"] == "throttled resumed"
+    tally = claims_verdict.counts([judged])
+    assert (tally["flagged"], tally["open"], tally["with verdict"]) == (1, 1, 0)
+    (clean,) = judge_all([claim(TABLE2_AR)], [spoiled, seen()])  # a clean one is preferred
+    assert (clean.verdict, clean.flags) == (REPRODUCED, ())
+    (other,) = judge_all([claim(TABLE2_AR)], [seen(spoiled=("resumed",), whole=False, n=20)])
+    assert other.verdict == OTHER_SETTING and other.reason.endswith("limit; flags: resumed")
+
+
+def test_nothing_is_predicted_from_a_flagged_step_time() -> None:
+    every = judge_all(load_claims(), [cost(spoiled=("throttled",))])
+    assert not [item for item in every if item.verdict == PREDICTED]
+    ratio = claim("figure4/tidar-8b-trust-diff/step_ratio")
+    assert judge_all([ratio], [cost(spoiled=("throttled",))])[0].verdict == FLAGGED
 
 
 def cost(**changes: Any) -> Observed:
@@ -211,6 +235,33 @@ def test_observed_by_hand() -> None:
     assert ("tidar", "humaneval_plus", "t_per_nfe") not in found  # evalplus did not grade it
     assert ("tidar", "average_5_tasks", "t_per_nfe") not in found
     assert not found["tidar", "humaneval", "t_per_nfe"].whole
+
+
+def test_observed_flags_follow_what_a_number_is_made_of() -> None:
+    """Every text of AR on mbpp was cut: its counts are spoiled, and what is divided by them."""
+    record = five_tasks()
+    rows = [
+        dataclasses.replace(row, finish="length" if (row.task, row.decoder) == ("mbpp", "ar")
+                            else "eos") for row in record.measurements
+    ]  # fmt: skip
+    made = dataclasses.replace(record, measurements=tuple(rows))
+    found = {(o.decoder, o.task, o.metric): o.spoiled for o in claims_ours.observe(made)}
+    cut = ("eos_never_reached",)
+    assert found["tidar", "mbpp", "t_per_nfe"] == found["tidar", "humaneval", "speedup"] == ()
+    assert found["ar", "mbpp", "t_per_nfe"] == found["tidar", "mbpp", "speedup"] == cut
+    assert found["tidar", "mbpp_average", "t_per_nfe"] == ()
+    assert found["ar", "mbpp_average", "t_per_nfe"] == cut
+    assert found["tidar", "", "step_ratio"] == ()  # a step costs the same whatever it writes
+
+    again = dataclasses.replace(rows[0], problem="2")  # by a second process, as all after it
+    resumed = dataclasses.replace(
+        made, measurements=(rows[0], again, *rows[1:]),
+        sessions=({"already_done": 0}, {"already_done": 1}),
+    )  # fmt: skip
+    found = {(o.decoder, o.task, o.metric): o.spoiled for o in claims_ours.observe(resumed)}
+    assert found["tidar", "humaneval", "speedup"] == ("resumed",)
+    assert found["tidar", "", "step_ratio"] == ("resumed",)
+    assert found["ar", "humaneval", "t_per_nfe"] == found["tidar", "gsm8k_cot", "speedup"] == ()
 
 
 def test_random_weights_give_step_costs_only() -> None:

@@ -90,6 +90,23 @@ def test_ours_stand_beside(ours: figures.Ours) -> None:
     assert f"ours: {label}" in page and ours.records[0].name in page
 
 
+def test_a_flagged_point_says_so(record: Path, tmp_path: Path) -> None:
+    """Every output cut by the limit: the points stay, thin and grey, under a name of their own."""
+    folder = tmp_path / "cut"
+    shutil.copytree(record, folder)
+    lines = (folder / "measurements.jsonl").read_text().splitlines()
+    cut = [json.dumps({**json.loads(line), "finish": "length"}) for line in lines]
+    (folder / "measurements.jsonl").write_text("\n".join(cut) + "\n")
+    clean, flagged = (
+        figures.gather([path]).pairs("gsm8k_cot", "speedup", "score") for path in (record, folder)
+    )
+    assert [(spot.x, spot.y) for spot in clean] == [(spot.x, spot.y) for spot in flagged]
+    assert len(clean) == 3 and not any("flagged" in spot.name for spot in clean)
+    assert all("flagged eos_never_reached, not compared" in spot.name for spot in flagged)
+    assert [s.look["marker"] for s in clean] == [s.look["marker"] for s in flagged]
+    assert flagged[0].look["markeredgecolor"] != clean[0].look["markeredgecolor"]
+
+
 def test_width_curves_get_their_own_row(record: Path, tmp_path: Path) -> None:
     folder = tmp_path / "curve"
     shutil.copytree(record, folder)

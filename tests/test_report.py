@@ -330,6 +330,30 @@ def test_a_flagged_speedup_gets_no_verdict(tmp_path: Path) -> None:
     assert "(a)" in after and "(a)" not in before
 
 
+def test_flagged_points_are_drawn_as_such(tmp_path: Path) -> None:
+    """Cut outputs spoil scores and speedups, not step times; a resumed record also those."""
+    folder = made(tmp_path / "cut")
+    lines = (folder / "measurements.jsonl").read_text().splitlines()
+    cut = [json.dumps({**json.loads(line), "finish": "length"}) for line in lines]
+    (folder / "measurements.jsonl").write_text("\n".join(cut) + "\n")
+
+    def figure_of(name: str) -> markup.Figure:
+        [section] = [section for section in lean(folder) if section.id == name]
+        [found] = [part for part in section.parts if isinstance(part, markup.Figure)]
+        return found
+
+    quality, widths = figure_of("quality"), figure_of("widths")
+    assert quality.svg.count(">flagged<") == 2 and ">flagged<" not in widths.svg
+    ar, tidar = (line for line in quality.numbers.splitlines() if line.startswith(("| ar", "| ti")))
+    assert ar.count("(a)") == 1 and tidar.count("(a)") == 2  # ar stands at 1x by definition
+    assert "eos_never_reached" in quality.numbers and "(a)" not in widths.numbers
+    (folder / "sessions.jsonl").write_text('{"already_done": 0}\n{"already_done": 1}\n')
+    again = figure_of("widths")
+    assert again.svg.count(">flagged<") == 1 and "resumed" in again.numbers
+    ar, tidar = (line for line in again.numbers.splitlines() if line.startswith(("| ar", "| ti")))
+    assert ar.endswith("(a) |  |") and tidar.count("(a)") == 1  # its step in AR steps
+
+
 def test_the_twin_says_the_same(report: tuple[str, str, Path]) -> None:
     html, markdown, _ = report
     titles = re.findall(r"<h2[^>]*>(.*?)</h2>", html)
@@ -364,9 +388,7 @@ def test_bad_input_is_one_sentence(
         assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_reproduce_ends_with_the_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reproduce_ends_with_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     words = ["--profile", "smoke", "--tasks", "own_math", "--limit", "1", "--max-new-tokens", "6"]
     assert main(["reproduce", *words, "--out", str(folder)]) == 0

@@ -19,7 +19,8 @@ def draw(ours: Ours) -> Figure:
     mine: dict[str, list[tuple[float, float]]] = {}
     for item in ours.observed:
         if (item.task, item.metric, item.decoder) == ("average_5_tasks", "score", "tidar"):
-            name = f"ours: K={item.params.get('block_len')}, {item.weights} ({item.record})"
+            flags = f"; flagged {', '.join(item.spoiled)}" if item.spoiled else ""
+            name = f"ours: K={item.params.get('block_len')}, {item.weights} ({item.record}{flags})"
             mine.setdefault(name, []).append((float(item.params.get("beta", 1.0)), item.value))
     figure, axes = panels(1, 2 if mine else 1, width=10 if mine else 6, height=4.6)
     claims = load_file(PAPER_DIR / "figure6.csv")

@@ -8,8 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from bench.claims_ours import SLOTS_HEADER, Observed, observe_all
+from bench.figures.style import ours_look
 from bench.frames import slot_rows
 from bench.store import HEADER, RunRecord, read_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spot:
+    """One of our points: legend text (it names what flags the point), place, marker."""
+
+    name: str
+    x: float
+    y: float
+    look: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +31,12 @@ class Ours:
     observed: tuple[Observed, ...]
     slots: dict[str, list[dict[str, Any]]]
 
-    def pairs(self, task: str, x: str, y: str) -> list[tuple[Observed, float, float]]:
+    def pairs(self, task: str, x: str, y: str) -> list[Spot]:
         """Per record and decoder, the numbers (x, y) of a task where both metrics are there.
 
         AR is its own reference: its speedup is 1 by definition.
         """
+        order = list(dict.fromkeys(name_of(item) for item in self.observed))
         found: dict[tuple[str, str], dict[str, Observed]] = {}
         for item in self.observed:
             if item.task == task:
@@ -35,9 +47,14 @@ class Ours:
                 continue
             first = cells[y]
             if x in cells:
-                points.append((first, cells[x].value, first.value))
+                across, flags = cells[x].value, (*cells[x].spoiled, *first.spoiled)
             elif x == "speedup" and first.decoder == "ar":
-                points.append((first, 1.0, first.value))
+                across, flags = 1.0, first.spoiled
+            else:
+                continue
+            name = name_of(first, tuple(dict.fromkeys(flags)))
+            look = ours_look(order.index(name_of(first)), flagged=bool(flags))
+            points.append(Spot(name=name, x=across, y=first.value, look=look))
         return points
 
 
@@ -56,6 +73,7 @@ def gather(folders: Sequence[Path]) -> Ours:
     )
 
 
-def name_of(item: Observed) -> str:
-    """Legend text of one of our decoders: label, weights and tier."""
-    return f"ours: {item.label} ({item.weights}, {item.tier})"
+def name_of(item: Observed, flags: Sequence[str] = ()) -> str:
+    """Legend text of one of our decoders: label, weights and tier, and the flags of a point."""
+    spoiled = f"; flagged {', '.join(flags)}, not compared" if flags else ""
+    return f"ours: {item.label} ({item.weights}, {item.tier}{spoiled})"

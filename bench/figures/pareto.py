@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bench.claims import PAPER_DIR, Claim, load_file
-from bench.figures.ours import Ours, name_of
+from bench.figures.ours import Ours
 from bench.figures.style import (
     BLACK,
     BLUE,
@@ -16,7 +16,6 @@ from bench.figures.style import (
     TASK_TITLES,
     YELLOW,
     finish,
-    ours_look,
     panels,
 )
 
@@ -52,7 +51,6 @@ def draw(ours: Ours) -> Figure:
     figure, axes = panels(2, 3, width=12, height=8.4)
     claims = load_file(PAPER_DIR / "figure5.csv")
     tokens = {(c.system, c.task, c.setting): c.value for c in claims if c.metric == "t_per_nfe"}
-    order = list(dict.fromkeys(name_of(item) for item in ours.observed))
     shown = False
     for axis, task in zip(axes.flat, TASK_TITLES, strict=True):
         for name, (color, marker, line) in SERIES.items():
@@ -64,8 +62,8 @@ def draw(ours: Ours) -> Figure:
             axis.plot(*zip(*points, strict=True), marker=marker, linestyle=line, color=color,
                       markeredgecolor=BLACK, markersize=11 if marker == "*" else 7,
                       label=name)  # fmt: skip
-        for item, x, y in ours.pairs(task, "t_per_nfe", "score"):
-            axis.plot(x, y, label=name_of(item), **ours_look(order.index(name_of(item))))
+        for spot in ours.pairs(task, "t_per_nfe", "score"):
+            axis.plot(spot.x, spot.y, label=spot.name, **spot.look)
             shown = True
         axis.set(title=TASK_TITLES[task], xlabel="tokens per forward (T/NFE)", ylabel="score %")
         axis.margins(0.08)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
+GREY = "#777777"
 OUR_MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 RC = {
     "font.family": "DejaVu Sans",
@@ -92,13 +93,13 @@ def finish(
     )  # fmt: skip
 
 
-def ours_look(index: int) -> dict[str, Any]:
-    """Hollow black-edged marker of our index-th series."""
+def ours_look(index: int, *, flagged: bool = False) -> dict[str, Any]:
+    """Hollow black-edged marker of our index-th series; a flagged point has a thin grey edge."""
     return {
         "marker": OUR_MARKS[index % len(OUR_MARKS)],
         "markerfacecolor": "none",
-        "markeredgecolor": BLACK,
-        "markeredgewidth": 1.4,
+        "markeredgecolor": GREY if flagged else BLACK,
+        "markeredgewidth": 0.7 if flagged else 1.4,
         "markersize": 7 + 2 * (index % 4),  # so that equal points stay visible
         "linestyle": "none",
         "zorder": 5,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.claims import PAPER_DIR, load_file
-from bench.figures.ours import Ours, name_of
+from bench.figures.ours import Ours
 from bench.figures.style import (
     BLACK,
     BLUE,
@@ -16,7 +16,6 @@ from bench.figures.style import (
     SKY,
     TASK_TITLES,
     finish,
-    ours_look,
     panels,
 )
 
@@ -105,8 +104,7 @@ def _point(
 
 
 def _ours(axis: Axes, ours: Ours, task: str) -> bool:
-    points: list[tuple[Any, float, float]] = ours.pairs(task, "speedup", "score")
-    order = list(dict.fromkeys(name_of(item) for item in ours.observed))
-    for item, x, y in points:
-        axis.plot(x, y, label=name_of(item), **ours_look(order.index(name_of(item))))
-    return bool(points)
+    spots = ours.pairs(task, "speedup", "score")
+    for spot in spots:
+        axis.plot(spot.x, spot.y, label=spot.name, **spot.look)
+    return bool(spots)

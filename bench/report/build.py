@@ -69,9 +69,7 @@ def build(
         raise UserError(f"record {max(names, key=names.count)} is named twice; name it once")
     # Random weights decode noise: their steps are played only where there is nothing else.
     played = [source for source in sources if source.scored] or list(sources)
-    shown = [
-        example for source in played for example in examples(source.folder, source.record)
-    ]
+    shown = [example for source in played for example in examples(source.folder, source.record)]
     total = sum(len(source.record.measurements) for source in played)
     watch = Section(
         id="player",

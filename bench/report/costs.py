@@ -15,6 +15,7 @@ from bench.report.sections import Source, lettered, rows_of
 from bench.store import read_steps
 from bench.tables import REFERENCE, TableRow, table_rows
 from bench.telemetry import cells
+from bench.validity import COUNTS, SCORE, SPEED
 
 
 def quality(sources: Sequence[Source], *, paper_figures: bool) -> Section:
@@ -22,15 +23,16 @@ def quality(sources: Sequence[Source], *, paper_figures: bool) -> Section:
     parts: list[Part] = [
         "Up is better text, right is faster. `ar` stands at 1x by definition; a decoder that keeps "
         "its text stands level with it. Bars are 95 % intervals. Each figure holds one record and "
-        "one task, so one weights tier."
+        "one task, so one weights tier. A point that a validity flag spoils says so: it is shown "
+        "and not compared."
     ]
     for source in sources:
         if source.scored:
-            rows = table_rows(source.record)
+            rows, flags = table_rows(source.record), validity.flags_of(source.record)
             for task in source.record.header.problems:
                 mine = [row for row in rows if row.task == task and row.score is not None]
                 if any(row.speedup is not None for row in mine):
-                    parts.append(_quality(source, task, mine))
+                    parts.append(_quality(source, task, mine, validity.Marks(flags)))
     if len(parts) == 1:
         parts.append("No record here holds both a score and a speedup.")
     if paper_figures:
@@ -38,7 +40,7 @@ def quality(sources: Sequence[Source], *, paper_figures: bool) -> Section:
     return Section(id="quality", title="Quality against speed", parts=parts)
 
 
-def _quality(source: Source, task: str, rows: Sequence[TableRow]) -> Figure:
+def _quality(source: Source, task: str, rows: Sequence[TableRow], marks: validity.Marks) -> Figure:
     series, body = [], []
     for row in rows:
         speed = 1.0 if row.decoder == REFERENCE else row.speedup
@@ -46,13 +48,21 @@ def _quality(source: Source, task: str, rows: Sequence[TableRow]) -> Figure:
             continue
         score, bounds = 100 * row.score, _times(row.score_low, row.score_high, 100)
         spread = _times(row.speedup_low, row.speedup_high, 1)
-        point = Point(x=speed, y=score, x_range=spread, y_range=bounds)
+        mine, both = [(row.decoder, task)], [(row.decoder, task), (REFERENCE, task)]
+        if row.decoder == REFERENCE:
+            both = []  # 1x by definition
+        spoiled = validity.spoilers((SCORE,), mine, marks.flags)
+        spoiled += validity.spoilers((SPEED, COUNTS), both, marks.flags)
+        label = "flagged" if spoiled else ""
+        point = Point(x=speed, y=score, x_range=spread, y_range=bounds, label=label)
         series.append(Series(name=row.decoder, points=[point]))
+        scored = f"{score:.1f}" + (f" [{bounds[0]:.1f}, {bounds[1]:.1f}]" if bounds else "")
+        faster = f"{speed:.2f}x" + (f" [{spread[0]:.2f}, {spread[1]:.2f}]" if spread else "")
         body.append(
             (
                 row.decoder,
-                f"{score:.1f}" + (f" [{bounds[0]:.1f}, {bounds[1]:.1f}]" if bounds else ""),
-                f"{speed:.2f}x" + (f" [{spread[0]:.2f}, {spread[1]:.2f}]" if spread else ""),
+                marks.mark(scored, (SCORE,), *mine),
+                marks.mark(faster, (SPEED, COUNTS), *both),
                 str(row.n),
             )
         )
@@ -60,17 +70,20 @@ def _quality(source: Source, task: str, rows: Sequence[TableRow]) -> Figure:
     return Figure(
         caption=f"{caption}. {source.record.header.weights['name']}, {source.tier} tier.",
         svg=points(series, x="speedup over ar", y="score, %", alt=caption),
-        numbers=table(("decoder", "score %", "speedup", "n"), body),
+        numbers=_noted(table(("decoder", "score %", "speedup", "n"), body), marks),
     )
+
+
+def _noted(numbers: str, marks: validity.Marks) -> str:
+    """A figure's table with the notes of the letters on its numbers."""
+    return "\n\n".join([numbers, *(["\n".join(lettered(marks))] if lettered(marks) else [])])
 
 
 def _times(low: float | None, high: float | None, scale: float) -> tuple[float, float] | None:
     return None if low is None or high is None else (scale * low, scale * high)
 
 
-def widths(
-    sources: Sequence[Source], curves: Sequence[Path], *, paper_figures: bool
-) -> Section:
+def widths(sources: Sequence[Source], curves: Sequence[Path], *, paper_figures: bool) -> Section:
     """Step time over query width: operating points, and the curve where a record holds one."""
     parts: list[Part] = [
         "A wider forward carries more query tokens: `ar` sends 1, dense `tidar` K(K+1). Where the "
@@ -92,13 +105,14 @@ def widths(
 
 def _widths(source: Source) -> Figure | None:
     record, header = source.record, source.record.header
+    marks = validity.Marks(validity.flags_of(record))
     curves, curve_rows = _curves(source.folder)
-    operating, rows = _operating_points(source)
+    operating, rows = _operating_points(source, marks)
     if not curves and not operating:
         return None
     caption = f"Step time by query width, {record.name}"
     where = header.environment.get("gpu") or header.environment.get("cpu")
-    numbers = table(("decoder", "query width", "ms per step", "AR steps"), rows)
+    numbers = _noted(table(("decoder", "query width", "ms per step", "AR steps"), rows), marks)
     if curve_rows:
         numbers += "\n\nTable: width curve\n\n" + table(("KV length", "width", "ms"), curve_rows)
     missing = "" if curves else " The record holds no width curve, only the operating points."
@@ -176,8 +190,10 @@ def _curves(folder: Path) -> tuple[list[Series], list[tuple[str, ...]]]:
     return series, body
 
 
-def _operating_points(source: Source) -> tuple[list[Series], list[tuple[str, ...]]]:
-    """Each decoder's mean query width and step time."""
+def _operating_points(
+    source: Source, marks: validity.Marks
+) -> tuple[list[Series], list[tuple[str, ...]]]:
+    """Each decoder's mean query width and step time; a flagged time is drawn with that word."""
     used = _mean_widths(source)
     series, body = [], []
     reference = step_ms(source, REFERENCE)
@@ -185,9 +201,21 @@ def _operating_points(source: Source) -> tuple[list[Series], list[tuple[str, ...
         mean, width = step_ms(source, decoder), used.get(decoder)
         if mean is None or not width:
             continue
-        series.append(Series(name=decoder, points=[Point(x=width, y=mean)]))
+        mine, ar = (
+            [(name, task) for task in source.record.header.problems]
+            for name in (decoder, REFERENCE)
+        )
+        label = "flagged" if validity.spoilers((SPEED,), mine, marks.flags) else ""
+        series.append(Series(name=decoder, points=[Point(x=width, y=mean, label=label)]))
         ratio = f"{mean / reference:.2f}" if reference and decoder != REFERENCE else ""
-        body.append((decoder, f"{width:g}", f"{mean:.1f}", ratio))
+        body.append(
+            (
+                decoder,
+                f"{width:g}",
+                marks.mark(f"{mean:.1f}", (SPEED,), *mine),
+                marks.mark(ratio, (SPEED,), *mine, *ar),
+            )
+        )
     return series, body
 
 

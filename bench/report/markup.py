@@ -13,7 +13,7 @@ from html import escape
 
 _INLINE = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|\[([^\]]+)\]\(([^)\s]+)\)")
 CAPTION = "Table: "
-_NUMBER = re.compile(r"-?[\d.]+( ?%|x| ms| s)?( \[.*\])?( of \d+)?|-?")
+_NUMBER = re.compile(r"-?[\d.]+( ?%|x| ms| s)?( \[.*\])?( \([a-z]\))*( of \d+)?|-?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +95,7 @@ def to_html(text: str, *, title: str, level: int = 2) -> str:
             items = "".join(f"<li>{inline(line[2:])}</li>" for line in lines)
             out.append(f"<ul>{items}</ul>")
         elif kind == "fence":
-            out.append(
-                '<pre tabindex="0"><code>' + escape("\n".join(lines[1:])) + "</code></pre>"
-            )
+            out.append('<pre tabindex="0"><code>' + escape("\n".join(lines[1:])) + "</code></pre>")
         elif kind == "caption":
             caption = lines[0].removeprefix(CAPTION)
         else:

@@ -221,7 +221,5 @@ def player(shown: list[Example], *, total: int) -> Raw:
     )
     if first.record.header.weights["tier"] == "random":
         note = f"**Random weights: the text is noise and shows the mechanics only.** {note}"
-    html = page.replace("{{data}}", embedded(player_data(shown))).replace(
-        "{{note}}", inline(note)
-    )
+    html = page.replace("{{data}}", embedded(player_data(shown))).replace("{{note}}", inline(note))
     return Raw(html=html.replace("{{story}}", escape(story(first))), markdown=story(first))

@@ -398,6 +398,7 @@ MEANINGS = {
     "reproduced": "same weights and setting, ours within the tolerance",
     "off": "same weights and setting, ours outside the tolerance",
     "predicted": "T/NFE as claimed, step times ours: not a measured speedup",
+    "flagged": "same weights and setting, but a validity flag spoils ours: shown, not judged",
     "different weights": "the same method and quantity on other weights: shown beside, not judged",
     "different setting": "the same weights, but other problems, length or hardware: not judged",
     "not run": "nothing of ours; the table says what it would take",
