@@ -1,4 +1,4 @@
-"""`python -m bench <verb>`; see bench/cli.py."""
+"""`python -m bench <verb>`; see bench/cli.py and bench/verbs/."""
 
 import sys
 

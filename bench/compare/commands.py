@@ -1,4 +1,4 @@
-"""What the verbs `compare` and `regress` do; bench/cli.py reads the options and prints."""
+"""What the verbs `compare` and `regress` do; bench/verbs/ read the options and print."""
 
 from __future__ import annotations
 
