@@ -152,7 +152,8 @@ def head_to_train(model: Transformer, target_ids: Tensor, *, seed: int = 0) -> E
     head = _drawn_head(model, target_ids, seed)
     hidden = model.config.hidden_size
     head.fc.weight[:, -hidden:] += torch.eye(hidden, dtype=model.dtype, device=model.device)
-    head.lm_head.weight.copy_(model.lm_head.weight[head.target_ids])
+    output = model.embed if model.config.tied_embeddings else model.lm_head
+    head.lm_head.weight.copy_(output.weight[head.target_ids])
     head.norm.weight.copy_(model.norm.weight)
     return head
 

@@ -286,14 +286,17 @@ def test_nothing_in_common_and_odd_tolerances_are_refused() -> None:
 # --- run records
 
 
-def run(seconds: float = 1.0, problems: int = 12, **changes: Any) -> RunRecord:
+def run(
+    seconds: float = 1.0, problems: int = 12, finish: str = "eos", **changes: Any
+) -> RunRecord:
     """A run record: tidar decodes each problem in about `seconds`, ar in 2 s."""
     rng = random.Random(round(1000 * seconds))
     rows: list[Measurement] = []
     for number in range(problems):
         scale = math.exp(rng.gauss(0, 0.005)) * (1 + number)  # problems differ in length
-        rows.append(row(problem=str(number), decode_s=2.0 * (1 + number)))
-        tidar = {"decode_forwards": 5, "acceptance_histogram": (0, 0, 5), **changes}
+        rows.append(row(problem=str(number), decode_s=2.0 * (1 + number), finish=finish))
+        tidar = {"decode_forwards": 5, "acceptance_histogram": (0, 0, 5), "finish": finish,
+                 **changes}  # fmt: skip
         rows.append(row(problem=str(number), decoder="tidar", decode_s=seconds * scale, **tidar))
     made = header(
         problems={"t": tuple(str(n) for n in range(problems))},
@@ -312,6 +315,27 @@ def test_run_records_pair_by_problem() -> None:
     assert same.counters[0].items == 12
     slow = verdict.compare(base, sides.from_run(run(1.1)))
     assert [t.verdict for t in slow.timings] == [REGRESSION]
+
+
+def test_a_flagged_speedup_is_shown_and_not_compared() -> None:
+    """All texts of head were cut: half as fast is no verdict, and a counter still is."""
+    base, cut = sides.from_run(run()), run(2.0, finish="length")
+    found = verdict.compare(base, sides.from_run(cut))
+    [timing] = found.timings
+    assert (timing.verdict, timing.change) == (verdict.FLAGGED, None)
+    assert timing.base == pytest.approx(2, rel=0.01) and timing.head == pytest.approx(1, rel=0.01)
+    note = "flagged, timing of tidar not compared: t in r (eos_never_reached)"
+    assert note in found.notes
+    text = writers.to_text(found)
+    assert note in text and "0 undecided" not in text  # the finish counter differs: REGRESSION
+    assert found.counters[1].differing == 12 and "finish eos -> length" in text
+    both = verdict.compare(sides.from_run(run(finish="length")), sides.from_run(cut))
+    assert (both.exit_code(), both.exit_code(strict=True)) == (0, 1)
+    assert writers.to_text(both).endswith("0 of 1 undecided, 1 flagged\n")
+    suite = ElementTree.fromstring(writers.to_junit(both).encode())[0]
+    assert (suite.get("failures"), suite.get("skipped")) == ("0", "1")
+    bigger, _ = writers.to_gab(both)
+    assert "T/NFE: tidar" in bigger and "speedup over ar" not in bigger
 
 
 def test_run_records_compare_counters_of_the_same_problems() -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import metrics
+from bench import metrics, validity
 from bench.compare import regress_record
 from bench.compare.regress_record import RegressRecord
 from bench.records import Measurement, StepRecord
@@ -40,7 +40,8 @@ class Side:
     counters: decoder -> item -> counts. speedups: decoder -> pair -> log(speedup over AR).
     ar_log_s: pair -> log seconds of AR, comparable only within one `session`. levels, ms_per_token
     and t_per_nfe: decoder -> speedup over AR (x), decode time (ms) and tokens per forward, to show.
-    absent: decoder -> why this side lacks it.
+    absent: decoder -> why this side lacks it. flagged: decoder -> task -> the validity flags that
+    keep its speedup out of comparisons; its pairs are not in `speedups`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Side:
     ms_per_token: dict[str, float | None]
     t_per_nfe: dict[str, float | None]
     absent: dict[str, str] = field(default_factory=dict)
+    flagged: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
 
 
 def read(path: Path) -> Side:
@@ -107,7 +109,7 @@ def from_regress(record: RegressRecord, name: str) -> Side:
 
 def from_run(record: RunRecord, steps: Iterable[StepRecord] = ()) -> Side:
     """A run record as a side; pairs are (task, problem, repeat)."""
-    header = record.header
+    header, flagged = record.header, _flagged(record)
     widths: dict[Any, Counter[int]] = {}
     for step in steps:
         widths.setdefault(step.key, Counter())[step.query_width] += 1
@@ -151,7 +153,7 @@ def from_run(record: RunRecord, steps: Iterable[StepRecord] = ()) -> Side:
             name: {
                 pair: math.log(reference[pair] / own)
                 for pair, own in mine.items()
-                if pair in reference
+                if pair in reference and pair[0] not in flagged.get(name, ())
             }
             for name, mine in seconds.items()
             if name != REFERENCE
@@ -160,7 +162,24 @@ def from_run(record: RunRecord, steps: Iterable[StepRecord] = ()) -> Side:
         levels={name: found.value if found else None for name, found in faster.items()},
         ms_per_token={name: 1000 / rate if rate else None for name, rate in rates.items()},
         t_per_nfe={name: metrics.tokens_per_nfe(mine) for name, mine in rows.items()},
+        flagged=flagged,
     )
+
+
+def _flagged(record: RunRecord) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Decoder -> task -> flags of its cell or of AR's that spoil the speedup; clean ones left out.
+
+    Counters need no flag: they are compared item by item, whatever was cut or interrupted.
+    """
+    flags = validity.flags_of(record)
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for name in record.header.decoders:
+        for task in record.header.problems:
+            pair = ((name, task), (REFERENCE, task))
+            names = validity.spoilers((validity.SPEED, validity.COUNTS), pair, flags)
+            if names and name != REFERENCE:
+                found.setdefault(name, {})[task] = names
+    return found
 
 
 def first_difference(base: Side, head: Side) -> str | None:

@@ -11,6 +11,7 @@ from bench.compare.sides import REFERENCE, Side, first_difference
 from tidar_ref.errors import UserError
 
 TOLERANCE = 0.05
+FLAGGED = "flagged"  # every pair is spoiled on one side: levels are shown, nothing is compared
 EXAMPLES = 3  # differing counters named per decoder
 OVER_AR, DIRECT = "speedup over ar", "speed, head against base"
 
@@ -66,9 +67,14 @@ class Comparison:
         """Timings whose interval reaches across the tolerance: more turns are needed."""
         return tuple(row for row in self.timings if row.verdict == UNDECIDED)
 
+    @property
+    def flagged(self) -> tuple[TimingRow, ...]:
+        """Timings of which a validity flag left no pair to compare."""
+        return tuple(row for row in self.timings if row.verdict == FLAGGED)
+
     def exit_code(self, *, strict: bool = False) -> int:
-        """1 for a regression (with `strict` also for an undecided timing), else 0."""
-        return int(self.regressed or (strict and bool(self.undecided)))
+        """1 for a regression (`strict`: also for an undecided or flagged timing), else 0."""
+        return int(self.regressed or (strict and bool(self.undecided or self.flagged)))
 
 
 def compare(base: Side, head: Side, *, tolerance: float = TOLERANCE) -> Comparison:
@@ -149,8 +155,18 @@ def _timing_rows(
             base=base.levels.get(name),
             head=head.levels.get(name),
             change=found,
-            verdict=verdict(found, tolerance),
-        )
+            verdict=FLAGGED if found is None and _flags(name, base, head)
+            else verdict(found, tolerance),
+        )  # fmt: skip
+
+
+def _flags(decoder: str, base: Side, head: Side) -> str:
+    """What keeps tasks of a decoder out of the timings, as words; empty if nothing does."""
+    found = []
+    for side in (base, head):
+        for task, flags in side.flagged.get(decoder, {}).items():
+            found.append(f"{task} in {side.name} ({', '.join(flags)})")
+    return ", ".join(found)
 
 
 def _rate(ms_per_token: float | None) -> float | None:
@@ -173,6 +189,9 @@ def _notes(base: Side, head: Side) -> Iterator[str]:
         )
         if missing:
             yield f"{len(missing)} items only in {one.name}, first {missing[0]}: not compared"
+    for name in base.counters:
+        if name in head.counters and (flags := _flags(name, base, head)):
+            yield f"flagged, timing of {name} not compared: {flags}"
     if not (base.session and base.session == head.session):
         yield (
             "ar itself is not compared: speedups over ar hide a slower ar, and seconds of two "

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from bench.compare.estimate import REGRESSION, UNDECIDED
 from bench.compare.sides import REFERENCE, Side
-from bench.compare.verdict import Comparison, TimingRow
+from bench.compare.verdict import FLAGGED, Comparison, TimingRow
 from bench.store import write_whole
 
 
@@ -38,6 +38,7 @@ def to_text(found: Comparison) -> str:
         notes.append(f"undecided, the interval reaches across the tolerance: {names}")
     lines += ["", *(f"note: {note}" for note in notes)] if notes else []
     passed = f"no regression found, {len(found.undecided)} of {len(found.timings)} undecided"
+    passed += f", {len(found.flagged)} flagged" if found.flagged else ""
     lines += ["", "REGRESSION" if found.regressed else passed]
     return "\n".join(lines) + "\n"
 
@@ -70,7 +71,8 @@ def _interval(row: TimingRow) -> str:
 
 
 def to_junit(found: Comparison) -> str:
-    """JUnit XML: a test case per decoder and kind; regressions fail, undecided ones are skipped."""
+    """JUnit XML: a test case per decoder and kind; regressions fail, undecided and flagged ones are
+    skipped."""
     cases: list[ElementTree.Element] = []
     for row in found.counters:
         case = _case("counters", row.decoder)
@@ -87,8 +89,8 @@ def to_junit(found: Comparison) -> str:
         message = f"{row.quantity}: head / base {_interval(row)}, tolerance {found.tolerance:g}"
         if row.verdict == REGRESSION:
             _add(case, "failure", message, message)
-        elif row.verdict == UNDECIDED:
-            _add(case, "skipped", f"undecided, {message}", "")
+        elif row.verdict in (UNDECIDED, FLAGGED):
+            _add(case, "skipped", f"{row.verdict}, {message}", "")
         cases.append(case)
     suite = ElementTree.Element(
         "testsuite",
@@ -130,7 +132,8 @@ def to_gab(found: Comparison) -> tuple[str, str]:
     for name in head.counters:
         row = changes.get(name)
         extra = f"commit {head.commit}, {head.kind} record"
-        if head.levels.get(name) and name != REFERENCE:
+        # The action compares what it gets with its last run: a flagged speedup stays out of it.
+        if head.levels.get(name) and name != REFERENCE and name not in head.flagged:
             more = f"\nhead / base {_interval(row)}: {row.verdict}" if row else ""
             bigger.append(_entry(f"speedup over ar: {name}", "x", head.levels[name], extra + more))
         bigger.append(_entry(f"T/NFE: {name}", "tokens/forward", head.t_per_nfe.get(name), extra))

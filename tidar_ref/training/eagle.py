@@ -54,9 +54,10 @@ def target_outputs(model: Transformer, tokens: Tensor) -> tuple[dict[int, Tensor
 def unroll(
     head: Any, taps: Mapping[int, Tensor], tokens: Tensor, unrolls: int
 ) -> Iterator[tuple[Tensor, int]]:
-    """(draft logits [B, T-1-i, Vd], i) of unroll i = 0, 1, ...: slot t predicts token t+2+i.
+    """(features [B, T-1-i, H], i) of unroll i = 0, 1, ...: slot t predicts token t+2+i.
 
-    head: a draft head (`baselines/_eagle3_head.py`). tokens [B, T] are those the taps belong to.
+    head: a draft head (`baselines/_eagle3_head.py`); its `logits` turns features into drafts.
+    tokens [B, T] are those the taps belong to.
     Slots whose token t+1+i lies past the end are left out.
     """
     layer, count = head.layer, tokens.shape[1] - 1
@@ -81,7 +82,7 @@ def unroll(
         inner, up = layer.gate_up(layer.mlp_norm(hidden).flatten(0, 1)).chunk(2, dim=-1)
         hidden = hidden + layer.down(F.silu(inner) * up).view_as(hidden)
         feature = head.norm(hidden) if head.config.norm_output else hidden
-        yield head.logits(feature), i
+        yield feature, i
 
 
 def _attend(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
@@ -131,15 +132,14 @@ def _ttt(
     if wanted is not None:
         counts[:, :-1] &= wanted[:, 1:]
         counts[:, -1] = False
-    taught = logits[..., head.target_ids].float().softmax(dim=-1)
     total, hits = logits.new_zeros((), dtype=torch.float32), 0
-    for draft, i in unroll(head, taps, tokens, config.unrolls):
-        teacher, counted = taught[:, 1 + i :], counts[:, 1 + i :]
-        entropy = -(teacher * draft.float().log_softmax(dim=-1)).sum(dim=-1)
-        total = total + config.decay**i * (entropy * counted).sum()
+    for feature, i in unroll(head, taps, tokens, config.unrolls):
+        counted = counts[:, 1 + i :]  # only these slots pay for an output product
+        draft = head.logits(feature[counted]).float()
+        teacher = logits[:, 1 + i :][counted][:, head.target_ids].float().softmax(dim=-1)
+        total = total - config.decay**i * (teacher * draft.log_softmax(dim=-1)).sum()
         if i == 0:
-            right = draft.argmax(dim=-1) == teacher.argmax(dim=-1)
-            hits = int((right & counted).sum())
+            hits = int((draft.argmax(dim=-1) == teacher.argmax(dim=-1)).sum())
     return total, hits
 
 
