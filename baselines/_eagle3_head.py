@@ -119,7 +119,7 @@ class EagleHead(nn.Module):
         """Next-token logits [..., Vd] of features [..., H] that `forward` returned."""
         rows = features.reshape(-1, features.shape[-1])
         rows = rows if self.config.norm_output else self.norm(rows)
-        return self.lm_head(rows).view(*features.shape[:-1], -1)
+        return self.lm_head(rows).view(*features.shape[:-1], self.config.layer.vocab_size)
 
     def prepare(self) -> EagleHead:
         """Choose the fastest matrix routes on this device, as `Transformer.prepare`."""
