@@ -19,6 +19,7 @@ from bench.store import planned_keys, read_record, read_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ["run", "--profile", "smoke"]
+LONG = [*SMOKE, "--max-new-tokens", "250"]
 BENCH = [sys.executable, "-m", "bench"]
 # One thread: two small runs at once on two cores would otherwise fight over both.
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -155,33 +156,35 @@ def _wait_for_lines(path: Path, count: int, process: subprocess.Popen[bytes]) ->
         time.sleep(0.005)
 
 
+@pytest.fixture(scope="module")
+def long_smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken run that takes seconds, so that a signal comes in time."""
+    folder = tmp_path_factory.mktemp("long")
+    done = bench(*LONG, "--out", "record", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "record"
+
+
 @pytest.mark.parametrize(("sign", "verb"), [(signal.SIGKILL, "reproduce"), (signal.SIGINT, "run")])
 def test_killed_and_resumed_equals_unbroken(
-    smoke: Path, tmp_path: Path, sign: signal.Signals, verb: str
+    long_smoke: Path, tmp_path: Path, sign: signal.Signals, verb: str
 ) -> None:
     """kill -9 (found again by `reproduce`) and Ctrl-C (--resume): no key lost, none twice."""
-    words = [verb, "--profile", "smoke"]
-    for attempt in range(8):  # the run takes a blink: the signal may come too late
-        place = tmp_path / str(attempt)
-        place.mkdir()
-        process = subprocess.Popen(
-            [*BENCH, *words], cwd=place, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-        )
-        try:
-            while process.poll() is None and not list(place.glob("runs/*/measurements.jsonl")):
-                time.sleep(0.002)
-            [path] = place.glob("runs/*/measurements.jsonl")
-            _wait_for_lines(path, 3, process)
-            process.send_signal(sign)
-            _, errors = process.communicate(timeout=60)
-        finally:
-            process.kill()
-        [folder] = (place / "runs").iterdir()
-        stopped_at = len(read_record(folder).measurements)
-        if stopped_at < 14:
-            break
-    assert 3 <= stopped_at < 14, "eight runs were over before the signal"
-    tmp_path = place
+    words = [verb, *LONG[1:]]
+    process = subprocess.Popen(
+        [*BENCH, *words], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    try:
+        while process.poll() is None and not list(tmp_path.glob("runs/*/measurements.jsonl")):
+            time.sleep(0.002)
+        [path] = tmp_path.glob("runs/*/measurements.jsonl")
+        _wait_for_lines(path, 3, process)
+        process.send_signal(sign)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    [folder] = (tmp_path / "runs").iterdir()
+    assert 3 <= len(read_record(folder).measurements) < 14
     if sign == signal.SIGINT:
         assert process.returncode == 130 and b"--resume" in errors
         words += ["--resume", str(folder)]
@@ -193,14 +196,14 @@ def test_killed_and_resumed_equals_unbroken(
     assert done.returncode == 0, done.stderr
     assert f"resuming {folder.relative_to(tmp_path)}" in done.stdout or str(folder) in done.stdout
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
-    again, unbroken = read_record(folder), read_record(smoke)
+    again, unbroken = read_record(folder), read_record(long_smoke)
     keys = [row.key for row in again.measurements]
     assert sorted(keys) == sorted(planned_keys(again.header)) and len(set(keys)) == len(keys)
     assert {r.key: (r.text, r.token_ids_sha) for r in again.measurements} == {
         r.key: (r.text, r.token_ids_sha) for r in unbroken.measurements
     }
     steps = collections.Counter(step.key for step in read_steps(folder))
-    assert steps == collections.Counter(step.key for step in read_steps(smoke))
+    assert steps == collections.Counter(step.key for step in read_steps(long_smoke))
     assert [s.per_problem for s in again.scores] == [s.per_problem for s in unbroken.scores]
 
 
