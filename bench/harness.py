@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench import environment
 from bench.metrics import DEFINITIONS_VERSION
-from bench.profiles import DecoderSpec, Profile, TaskSpec
+from bench.profiles import Profile, TaskSpec
 from bench.records import (
     SCHEMA_VERSION,
     Measurement,
@@ -33,6 +33,7 @@ from tidar_ref.errors import UserError
 
 if TYPE_CHECKING:
     from bench.tasks.task import Problem, Task
+    from tidar_ref.checkpoint import WeightsSource
     from tidar_ref.decoding import Decoder, GenerationTrace
 
 DTYPES = ("float32", "bfloat16")
@@ -43,7 +44,10 @@ WARMUP_STABLE = 0.10  # two rounds in a row within 10 % of each other end the wa
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A run that can start: everything loaded and checked. `problems` and `prompts` by task."""
+    """A run that can start: everything loaded and checked. `problems` and `prompts` by task.
+
+    own_weights: by label, of the decoders that do not run on `loaded`.
+    """
 
     profile: Profile
     device: str
@@ -53,6 +57,7 @@ class Prepared:
     problems: dict[str, list[Problem]]
     prompts: dict[tuple[str, str], list[int]]
     decoders: dict[str, Decoder]
+    own_weights: dict[str, WeightsSource]
     notes: tuple[str, ...]
 
     @property
@@ -132,7 +137,7 @@ def prepare(profile: Profile, *, data_dir: Path | None = None) -> Prepared:
     check_profile(profile)
     loaded = load(profile.weights, device=device, dtype=profile.dtype, seed=profile.seed)
     tasks, problems, notes = load_tasks(profile, data_dir=data_dir, tokenizer=loaded.tokenizer)
-    decoders = build_decoders(profile.decoders, loaded)
+    decoders, own_weights = build_decoders(profile, loaded, device=device)
     prompts = {
         (name, problem.id): loaded.tokenizer.encode(problem.prompt)
         for name, chosen in problems.items()
@@ -147,18 +152,37 @@ def prepare(profile: Profile, *, data_dir: Path | None = None) -> Prepared:
         problems=problems,
         prompts=prompts,
         decoders=decoders,
+        own_weights=own_weights,
         notes=tuple(notes),
     )
     _check_lengths(prepared)
     return prepared
 
 
-def build_decoders(specs: Sequence[DecoderSpec], loaded: Any) -> dict[str, Decoder]:
-    """Label to decoder, in the order given."""
-    return {
-        spec.label: build_decoder(spec, loaded.model, mask_token_id=loaded.source.mask_token_id)
-        for spec in specs
-    }
+def build_decoders(
+    profile: Profile, loaded: Any, *, device: str
+) -> tuple[dict[str, Decoder], dict[str, WeightsSource]]:
+    """(label to decoder in the order given, label to weights of those that have their own).
+
+    An adapter named by several decoders is loaded once, on the backbone before the profile's `+`.
+    """
+    from tidar_ref.checkpoint import load
+
+    models = {None: loaded}
+    base = profile.weights.partition("+")[0]
+    for name in dict.fromkeys(spec.weights for spec in profile.decoders):
+        if name is not None:
+            models[name] = load(
+                f"{base}+{name}", device=device, dtype=profile.dtype, seed=profile.seed
+            )
+    decoders = {}
+    for spec in profile.decoders:
+        own = models[spec.weights]
+        decoders[spec.label] = build_decoder(
+            spec, own.model, mask_token_id=own.source.mask_token_id
+        )
+    sources = {s.label: models[s.weights].source for s in profile.decoders if s.weights}
+    return decoders, sources
 
 
 def _check_lengths(prepared: Prepared) -> None:
@@ -190,8 +214,6 @@ def make_header(prepared: Prepared, argv: Sequence[str]) -> RunHeader:
     commit, dirty = environment.git_state(Path(__file__).resolve().parents[1])
     profile = dataclasses.asdict(prepared.profile)
     profile["weights"] = environment.portable(prepared.profile.weights)
-    weights = dataclasses.asdict(prepared.loaded.source)
-    weights = {k: environment.portable(v) if isinstance(v, str) else v for k, v in weights.items()}
     return RunHeader(
         schema=SCHEMA_VERSION,
         definitions=DEFINITIONS_VERSION,
@@ -204,7 +226,7 @@ def make_header(prepared: Prepared, argv: Sequence[str]) -> RunHeader:
         },
         commit=commit,
         dirty=dirty,
-        weights=weights,
+        weights=_portable(prepared.loaded.source) or {},
         data={
             name: {
                 **dataclasses.asdict(task.source),
@@ -222,7 +244,9 @@ def make_header(prepared: Prepared, argv: Sequence[str]) -> RunHeader:
             label: {
                 "name": decoder.name,
                 "params": dict(decoder.params),
-                "lossless": decoder.lossless,
+                # On weights of its own it promises nothing about the run's `ar`.
+                "lossless": decoder.lossless and label not in prepared.own_weights,
+                "weights": _portable(prepared.own_weights.get(label)),
             }
             for label, decoder in prepared.decoders.items()
         },
@@ -230,6 +254,14 @@ def make_header(prepared: Prepared, argv: Sequence[str]) -> RunHeader:
         device=prepared.device.partition(":")[0],
         seed=prepared.profile.seed,
     )
+
+
+def _portable(source: WeightsSource | None) -> dict[str, Any] | None:
+    """As a dict without the machine's own paths."""
+    if source is None:
+        return None
+    values = dataclasses.asdict(source)
+    return {k: environment.portable(v) if isinstance(v, str) else v for k, v in values.items()}
 
 
 def warm_up(prepared: Prepared) -> dict[str, dict[str, float]]:

@@ -14,10 +14,25 @@ from tidar_ref.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """A decoder by name with its parameters, e.g. tidar with block_len=4, beta=1.0."""
+    """A decoder by name with its parameters, e.g. tidar with block_len=4, beta=1.0.
+
+    The parameter `weights` is the run's, not the decoder's: it names an adapter that this decoder
+    alone has on the run's backbone, for a method that is trained in its own way.
+    """
 
     name: str
     params: tuple[tuple[str, int | float | str], ...] = ()
+
+    @property
+    def weights(self) -> str | None:
+        """The adapter of its own, or None: the run's weights."""
+        own = dict(self.params).get("weights")
+        return None if own is None else str(own)
+
+    @property
+    def own_params(self) -> dict[str, int | float | str]:
+        """What the decoder itself is built with."""
+        return {key: value for key, value in self.params if key != "weights"}
 
     @property
     def label(self) -> str:

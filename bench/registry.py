@@ -35,16 +35,17 @@ def decoder_module(name: str) -> ModuleType:
 
 
 def build_decoder(spec: DecoderSpec, model: Any, *, mask_token_id: int | None) -> Any:
-    """A Decoder on `model`; UserError for an unknown name, parameter or parameter value.
+    """A Decoder on `model`, which has the spec's own weights if it names some.
 
-    A value that is not a number reaches only parameters the module names in TEXT_PARAMETERS.
+    UserError for an unknown name, parameter or parameter value. A value that is not a number
+    reaches only parameters the module names in TEXT_PARAMETERS.
     """
     module = decoder_module(spec.name)
     takes_text = getattr(module, "TEXT_PARAMETERS", ())
-    for key, value in spec.params:
+    for key, value in spec.own_params.items():
         if isinstance(value, str) and key not in takes_text:
             raise UserError(f"decoder parameter {key}={value!r} is not a number; give a number")
-    return module.build(model, mask_token_id=mask_token_id, **dict(spec.params))
+    return module.build(model, mask_token_id=mask_token_id, **spec.own_params)
 
 
 def check_decoder(spec: DecoderSpec, model: Any, *, mask_token_id: int | None) -> None:

@@ -12,15 +12,25 @@ import pytest
 import torch
 
 from bench import harness
-from bench.profiles import PROFILES, SMOKE, DecoderSpec, get_profile, parse_decoders, tidar
+from bench.profiles import (
+    PROFILES,
+    SMOKE,
+    DecoderSpec,
+    TaskSpec,
+    get_profile,
+    parse_decoders,
+    tidar,
+)
 from bench.records import Measurement, ids_sha
 from bench.registry import build_decoder, decoder_names
 from bench.store import RunStore, planned_keys, read_record, read_steps
 from bench.tasks.task import DataSource, Problem, Score, prompt_sha
+from tidar_ref.checkpoint import load
 from tidar_ref.config import ModelConfig
 from tidar_ref.decoding import GenerationTrace, StepTrace
 from tidar_ref.errors import UserError
 from tidar_ref.model import Transformer
+from tidar_ref.training import adapters
 
 
 class Letters:
@@ -100,7 +110,8 @@ def prepared(**changes: Any) -> harness.Prepared:
         tasks={"echo": Echo()},
         problems=problems,
         prompts={("echo", p.id): Letters().encode(p.prompt) for p in problems["echo"]},
-        decoders=harness.build_decoders(profile.decoders, loaded),
+        decoders=harness.build_decoders(profile, loaded, device="cpu")[0],
+        own_weights={},
         notes=(),
     )
 
@@ -282,3 +293,36 @@ def test_decoders_are_built_by_name() -> None:
     ):
         with pytest.raises(UserError, match=words):
             build_decoder(spec, model, mask_token_id=258)
+
+
+def test_a_decoder_with_weights_of_its_own(tmp_path: Path) -> None:
+    """It runs on base + its adapter, beside others on the run's weights; the header says so."""
+    base, other = load("random:tiny"), load("random:tiny", seed=1)
+    adapter, _ = adapters.difference(
+        base.model.state_dict(), other.model.state_dict(), rank=64, mask_token_id=258
+    )
+    loud = {name: (a, 30 * b) for name, (a, b) in adapter.factors.items()}  # heard over the text
+    adapter = dataclasses.replace(adapter, factors=loud)
+    folder = adapters.save(adapter, tmp_path / "own", base.model.config, base="tiny", notes={})
+    ar, own = DecoderSpec(name="ar"), DecoderSpec(name="ar", params=(("weights", str(folder)),))
+    k4 = DecoderSpec(name="tidar", params=(("weights", str(folder)), ("block_len", 4)))
+    profile = dataclasses.replace(
+        SMOKE, decoders=(ar, own, k4), tasks=(TaskSpec(name="own_math", limit=2),)
+    )
+    ready = harness.prepare(profile)
+    assert ready.decoders[own.label].model is ready.decoders[k4.label].model
+    header = harness.make_header(ready, [])
+    assert header.decoders["ar"]["weights"] is None
+    named = header.decoders[k4.label]
+    assert named["weights"]["adapters"][0].startswith("own sha256") and not named["lossless"]
+    store = RunStore.create(tmp_path / "record", header)
+    harness.generate_all(ready, store)
+    texts = {row.key[:3]: row.token_ids_sha for row in store.measurements}
+    alone = harness.prepare(
+        dataclasses.replace(profile, weights=f"random:tiny+{folder}", decoders=(ar,))
+    )
+    for problem in ready.problems["own_math"]:
+        key = ("own_math", problem.id)
+        row, _ = harness.measure(alone, ("ar", *key, 0), problem)
+        assert texts[own.label, *key] == texts[k4.label, *key] == row.token_ids_sha
+        assert row.token_ids_sha != texts["ar", *key]
