@@ -40,6 +40,8 @@ UNITS = {
     "steps": "steps",
     "count": "steps",
 }
+# The paper's sizes, under the names their shapes have here.
+SHAPES = {"1.5B": "qwen2.5-1.5b", "8B": "qwen3-8b", "32B": "qwen3-32b"}
 NUMBERS = {"value": float, "tolerance": float, "beta": float, "alpha": float, "threshold": float,
            "block_len": int, "width": int, "kv_len": int}  # fmt: skip
 

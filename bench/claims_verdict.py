@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.claims import (
+    SHAPES,
     Claim,
     Finding,
     Property,
@@ -47,7 +48,6 @@ VERDICTS = (REPRODUCED, OFF, PREDICTED, FLAGGED, OTHER_WEIGHTS, OTHER_SETTING, N
 # Numbers that depend on the machine as well as on the weights; the claims are of an H100.
 TIMED = {"speedup", "tokens_per_s", "latency", "time", "step_ratio"}
 STEP_COSTS = ("step_ratio", "latency")  # the shape of the weights decides them, not their values
-SHAPES = {"1.5B": "qwen2.5-1.5b", "8B": "qwen3-8b", "32B": "qwen3-32b"}
 # Systems of the paper that our AR rows, whatever their weights, are the counterpart of.
 AR_COUNTERPARTS = ("Qwen2.5 1.5B", "Qwen2.5 1.5B fine-tuned", "Qwen3 8B")
 

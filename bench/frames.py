@@ -79,7 +79,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "peak_memory_bytes": ("bytes", "peak allocated device memory; CUDA only"),
         "began_at": ("s", "Unix time at which the generation began; missing in old records"),
         "ended_at": ("s", "Unix time at which it ended; missing in old records"),
-        "decode_tokens": ("tokens", "output tokens without the first"),
+        "decode_tokens": ("tokens", "kept tokens that the prefill did not commit"),
         "t_per_nfe": ("tokens/forward", "decode tokens / decode forwards of this output"),
         "tokens_per_s": ("tokens/s", "decode tokens / decode seconds of this output"),
         "step_ms": ("ms", "decode seconds / decode forwards, in milliseconds"),

@@ -136,6 +136,7 @@ class Measurer:
                 "prompts_sha": hashlib.sha256(prompts.encode()).hexdigest()[:16],
                 "counted_tokens": COUNTED_TOKENS,
                 "timed_tokens": TIMED_TOKENS,
+                "timed_prompt": TIMED_PROMPT,
                 "repeats": REPEATS,
             },
             "decoders": {
@@ -179,8 +180,11 @@ def count(trace: GenerationTrace) -> dict[str, Any]:
     committed = Counter(len(step.committed[0]) for step in trace.steps)
     widths = Counter(step.query_width for step in trace.steps)
     forwards = sum(step.target_forwards for step in trace.steps)
+    # As in docs/metrics.md: a denoiser's prefill may commit no token, or several.
+    decode_tokens = max(0, len(trace.token_ids) - len(trace.prefill.committed[0]))
     return {
         "output_tokens": len(trace.token_ids),
+        "decode_tokens": decode_tokens,
         "tokens_generated": trace.tokens_generated,
         "token_ids_sha": ids_sha(trace.token_ids),
         "finish": trace.finish,
@@ -188,7 +192,7 @@ def count(trace: GenerationTrace) -> dict[str, Any]:
         "prefill_width": trace.prefill.query_width,
         "decode_forwards": forwards,
         "draft_forwards": sum(step.draft_forwards for step in ledger),
-        "t_per_nfe": (len(trace.token_ids) - 1) / forwards if forwards else None,
+        "t_per_nfe": decode_tokens / forwards if forwards else None,
         "drafted": sum(step.drafted[0] for step in trace.steps),
         "accepted": sum(step.accepted[0] for step in trace.steps),
         "acceptance_histogram": [committed[r] for r in range(max(committed, default=-1) + 1)],

@@ -23,16 +23,20 @@ from bench.slots.record import OK
 from bench.store import read_record, read_steps, write_whole
 from tidar_ref.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemTrace:
-    """One output: tokens committed and KV length read by each decode step (not the prefill's)."""
+    """One output: tokens committed and KV length read by each decode step (not the prefill's).
+
+    decode_tokens: the kept tokens that the prefill did not commit (docs/metrics.md).
+    """
 
     problem: str
     prompt_tokens: int
     output_tokens: int
+    decode_tokens: int
     committed: tuple[int, ...]
     kv_lens: tuple[int, ...]
 
@@ -59,8 +63,8 @@ class AcceptanceTrace:
 
     @property
     def decode_tokens(self) -> int:
-        """Kept tokens without each output's first, as docs/metrics.md counts them."""
-        return sum(max(0, problem.output_tokens - 1) for problem in self.problems)
+        """Kept tokens that no prefill committed, as docs/metrics.md counts them."""
+        return sum(problem.decode_tokens for problem in self.problems)
 
 
 def from_record(folder: Path, decoder: str) -> AcceptanceTrace:
@@ -91,6 +95,7 @@ def from_record(folder: Path, decoder: str) -> AcceptanceTrace:
                 problem=f"{row.task}/{row.problem}/{row.repeat}",
                 prompt_tokens=row.prompt_tokens,
                 output_tokens=row.output_tokens,
+                decode_tokens=row.decode_tokens,
                 committed=tuple(len(step.committed) for step in steps.get(row.key, ())),
                 kv_lens=tuple(step.kv_len for step in steps.get(row.key, ())),
             )
@@ -127,6 +132,7 @@ def simulate(
                 problem=f"simulated/{index}",
                 prompt_tokens=prompt_tokens,
                 output_tokens=output_tokens,
+                decode_tokens=output_tokens - 1,
                 committed=tuple(committed),
                 kv_lens=tuple(kv_lens),
             )
@@ -227,21 +233,25 @@ class PredictedSpeed:
 
 
 def predict(trace: AcceptanceTrace, times: StepTimes, ar: StepTimes) -> PredictedSpeed:
-    """tokens/s = kept decode tokens over the summed step times; AR pays one step per token."""
+    """tokens/s = kept decode tokens over the summed step times; AR pays one step for each token of
+    an output but the first, which its prefill makes."""
     tokens = trace.decode_tokens
     if not tokens or not trace.steps:
         raise UserError(f"the trace of {trace.source} has no decode tokens: nothing to predict")
     reads = [kv_len for problem in trace.problems for kv_len in problem.kv_lens]
     own = sum(times.at(kv_len) for kv_len in reads)
-    ar_s = sum(
-        ar.at(problem.prompt_tokens + index)
+    ar_reads = [
+        problem.prompt_tokens + index
         for problem in trace.problems
         for index in range(problem.output_tokens - 1)
-    )
+    ]
+    if not ar_reads:
+        raise UserError(f"the trace of {trace.source} has outputs of one token: AR takes no step")
+    ar_s = sum(map(ar.at, ar_reads))
     return PredictedSpeed(
         tokens_per_s=tokens / own,
-        ar_tokens_per_s=tokens / ar_s,
-        speedup=ar_s / own,
+        ar_tokens_per_s=len(ar_reads) / ar_s,
+        speedup=(tokens / own) / (len(ar_reads) / ar_s),
         t_per_nfe=tokens / (trace.steps * trace.forwards_per_step),
         outside=sum(times.outside(kv_len) for kv_len in reads) / len(reads),
         times=f"{times.name}; ar: {ar.name}",

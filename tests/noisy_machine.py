@@ -104,13 +104,13 @@ class FakeSide:
             "commit": None,
             "dirty": None,
             "environment": {"cpu": "simulated"},
-            "settings": {"timed_tokens": 16},
+            "settings": {"timed_tokens": 16, "timed_prompt": "p"},
             "decoders": {name: {} for name in ("ar", *DECODERS)},
             "not_measured": {},
         }
 
     def counters(self) -> dict[str, dict[str, dict[str, Any]]]:
-        counts = {"decode_forwards": 15, "output_tokens": 16}
+        counts = {"decode_forwards": 15, "output_tokens": 16, "decode_tokens": 15}
         return {name: {"p": dict(counts)} for name in ("ar", *DECODERS)}
 
     def turn(self, label: str, *, ar_first: bool) -> dict[str, list[float]]:

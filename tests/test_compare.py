@@ -22,7 +22,10 @@ from bench.records import Measurement
 from bench.store import RunRecord, RunStore
 from tidar_ref.errors import UserError
 
-COUNTS = {"output_tokens": 16, "decode_forwards": 10, "acceptance_histogram": [0, 5, 5]}
+COUNTS = {
+    "output_tokens": 16, "decode_tokens": 15, "decode_forwards": 10,
+    "acceptance_histogram": [0, 5, 5],
+}  # fmt: skip
 SLOW_TIDAR = 1.10
 
 
@@ -52,7 +55,7 @@ def regress(**changes: Any) -> RegressRecord:
         "dirty": False,
         "session": None,
         "environment": {"cpu": "c", "gpu": None, "threads": 1, "versions": {"torch": "2.13"}},
-        "settings": {"seed": 0, "timed_tokens": 16},
+        "settings": {"seed": 0, "timed_tokens": 16, "timed_prompt": "p"},
         "decoders": {"ar": {}, "tidar": {}},
         "not_measured": {},
         "counters": {"ar": {"p": COUNTS}, "tidar": {"p": COUNTS}},
@@ -247,7 +250,7 @@ def test_a_decoder_that_cannot_be_built_any_more_is_a_regression() -> None:
     ("changes", "field"),
     [
         ({"definitions": 2}, "definitions is 1"),
-        ({"settings": {"seed": 1, "timed_tokens": 16}}, "settings.seed is 0"),
+        ({"settings": {"seed": 1, "timed_tokens": 16, "timed_prompt": "p"}}, "settings.seed is 0"),
         ({"environment": {"cpu": "d", "gpu": None, "threads": 1, "versions": {"torch": "2.13"}}},
          "environment.cpu is 'c'"),
         ({"environment": {"cpu": "c", "gpu": None, "threads": 2, "versions": {"torch": "2.13"}}},
@@ -273,6 +276,15 @@ def test_a_package_one_side_does_not_list_is_no_difference() -> None:
     environment = regress().environment
     more = {**environment, "versions": {**environment["versions"], "peft": None}}
     assert not compared(regress(), regress(environment=more)).regressed
+
+
+def test_tokens_of_a_prefill_are_in_no_decode_sum() -> None:
+    """A denoiser whose prefill commits nothing decodes 16 tokens where AR decodes 15."""
+    counters = {"ar": {"p": COUNTS}, "tidar": {"p": {**COUNTS, "decode_tokens": 16}}}
+    side = sides.from_regress(regress(counters=counters), "x")
+    assert side.t_per_nfe == {"ar": 1.5, "tidar": 1.6}
+    assert side.ms_per_token["ar"] == pytest.approx(10 / 15, rel=0.02)
+    assert side.ms_per_token["tidar"] == pytest.approx(8 / 16, rel=0.02)
 
 
 def test_nothing_in_common_and_odd_tolerances_are_refused() -> None:

@@ -77,6 +77,7 @@ def test_counters_repeat_exactly_and_are_varied() -> None:
         assert found["prefill_width"] == len(measuring.PROMPTS[name]) + 8
         assert found["drafted"] == 7 * sum(histogram)
         assert found["token_ids_sha"] == first["ar"][name]["token_ids_sha"]
+        assert found["decode_tokens"] == 47
         assert found["t_per_nfe"] == 47 / found["decode_forwards"]
     assert all(found["t_per_nfe"] == 1 for found in first["ar"].values())
 
@@ -213,7 +214,7 @@ def test_counters_that_waver_between_processes_are_refused() -> None:
 
         def counters(self) -> dict[str, dict[str, dict[str, Any]]]:
             Wavering.made += 1
-            return {"ar": {"p": {"decode_forwards": Wavering.made, "output_tokens": 2}}}
+            return {"ar": {"p": {"decode_forwards": Wavering.made}}}
 
     side = Wavering(words=K8)
     with pytest.raises(UserError, match="counters of base differ"):

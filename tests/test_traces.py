@@ -24,15 +24,17 @@ def by_hand() -> traces.AcceptanceTrace:
     """Two outputs: 5 tokens in 2 steps behind a prompt of 10, 3 tokens in 1 step behind 20."""
     problems = (
         traces.ProblemTrace(
-            problem="a", prompt_tokens=10, output_tokens=5, committed=(3, 2), kv_lens=(10, 13)
+            problem="a", prompt_tokens=10, output_tokens=5, decode_tokens=4, committed=(3, 2),
+            kv_lens=(10, 13),
         ),
         traces.ProblemTrace(
-            problem="b", prompt_tokens=20, output_tokens=3, committed=(2,), kv_lens=(20,)
+            problem="b", prompt_tokens=20, output_tokens=3, decode_tokens=2, committed=(2,),
+            kv_lens=(20,),
         ),
-    )
+    )  # fmt: skip
     return traces.AcceptanceTrace(
-        schema=1, source="hand", weights="w", decoder=TIDAR, query_width=20, forwards_per_step=1,
-        problems=problems,
+        schema=traces.SCHEMA, source="hand", weights="w", decoder=TIDAR, query_width=20,
+        forwards_per_step=1, problems=problems,
     )  # fmt: skip
 
 
@@ -51,10 +53,27 @@ def test_prediction_by_hand() -> None:
     assert short.outside == pytest.approx(2 / 3)
 
 
+def test_a_denoisers_first_token_is_a_decode_token() -> None:
+    """Its prefill commits nothing: 4 tokens in 2 steps, where AR takes 3 steps for 3 tokens."""
+    problem = traces.ProblemTrace(
+        problem="a", prompt_tokens=7, output_tokens=4, decode_tokens=4, committed=(2, 2),
+        kv_lens=(7, 7),
+    )  # fmt: skip
+    trace = dataclasses.replace(by_hand(), decoder="block_diffusion", problems=(problem,))
+    times, ar = traces.StepTimes({1: 0.2}, "s"), traces.StepTimes({1: 0.1}, "a")
+    found = traces.predict(trace, times, ar)
+    assert (found.t_per_nfe, found.tokens_per_s) == (2.0, pytest.approx(10))
+    assert found.ar_tokens_per_s == found.speedup * 10 == pytest.approx(10)
+    single = dataclasses.replace(problem, output_tokens=1, decode_tokens=1)
+    with pytest.raises(UserError, match="AR takes no step"):
+        traces.predict(dataclasses.replace(trace, problems=(single,)), times, ar)
+
+
 def test_ar_predicts_speedup_one() -> None:
     problem = traces.ProblemTrace(
-        problem="a", prompt_tokens=7, output_tokens=4, committed=(1, 1, 1), kv_lens=(7, 8, 9)
-    )
+        problem="a", prompt_tokens=7, output_tokens=4, decode_tokens=3, committed=(1, 1, 1),
+        kv_lens=(7, 8, 9),
+    )  # fmt: skip
     trace = dataclasses.replace(by_hand(), decoder="ar", query_width=1, problems=(problem,))
     times = traces.StepTimes({1: 0.1, 100: 0.9}, "ar")
     assert traces.predict(trace, times, times).speedup == pytest.approx(1.0)

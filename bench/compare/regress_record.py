@@ -13,7 +13,7 @@ from bench.records import from_dict
 from bench.store import write_whole
 from tidar_ref.errors import UserError
 
-KIND, SCHEMA = "regress", 1
+KIND, SCHEMA = "regress", 2
 FILE = "regress.json"
 
 

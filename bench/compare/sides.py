@@ -84,7 +84,12 @@ def from_regress(record: RegressRecord, name: str) -> Side:
         ar_log_s.setdefault(turn.place, []).append(math.log(min(turn.ar_s)))
         own_s.setdefault(turn.decoder, []).append(min(turn.own_s))
         own_s.setdefault(REFERENCE, []).append(min(turn.ar_s))
-    tokens = record.settings["timed_tokens"] - 1  # the prefill makes the first one
+    timed, prompt = record.settings["timed_tokens"], record.settings["timed_prompt"]
+    tokens = {  # less what the prefill makes: one token, but for the denoisers
+        name: timed - items[prompt]["output_tokens"] + items[prompt]["decode_tokens"]
+        for name, items in record.counters.items()
+        if prompt in items
+    }
     return Side(
         name=name,
         kind=record.kind,
@@ -101,7 +106,11 @@ def from_regress(record: RegressRecord, name: str) -> Side:
         speedups=speedups,
         ar_log_s={place: statistics.median(values) for place, values in ar_log_s.items()},
         levels={d: regress_record.typical_speedup(record, d) for d in record.decoders},
-        ms_per_token={d: 1000 * statistics.median(values) / tokens for d, values in own_s.items()},
+        ms_per_token={
+            name: 1000 * statistics.median(own_s[name]) / count
+            for name, count in tokens.items()
+            if name in own_s and count
+        },
         t_per_nfe={d: _counted_ratio(items) for d, items in record.counters.items()},
         absent=dict(record.not_measured),
     )
@@ -224,5 +233,5 @@ def _s_per_token(row: Measurement) -> float | None:
 
 def _counted_ratio(items: Mapping[str, Mapping[str, Any]]) -> float | None:
     forwards = sum(counts["decode_forwards"] for counts in items.values())
-    tokens = sum(counts["output_tokens"] - 1 for counts in items.values())
+    tokens = sum(counts["decode_tokens"] for counts in items.values())
     return tokens / forwards if forwards else None

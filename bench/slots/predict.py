@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.claims import Claim, load_claims
+from bench.claims import SHAPES, Claim, load_claims
 from bench.profiles import parse_decoders
 from bench.slots.curves import Point
 from bench.slots.record import OK
 
-# The paper's sizes under the names weights have here.
-SIZES = {"1.5B": "qwen2.5-1.5b", "8B": "qwen3-8b"}
 SOURCES = ("Figure 4", "Site bar chart")
 
 
@@ -51,7 +49,7 @@ class StepRatio:
 
 def measured_for(claim: Claim, found: Sequence[Point]) -> list[Point]:
     """Steps of the claim's decoder at its size, batch 1, by KV length; its own beta if measured."""
-    shape = SIZES.get(claim.size)
+    shape = SHAPES.get(claim.size)
     mine = [
         (dict(parse_decoders([point.what])[0].params), point)
         for point in found

@@ -252,7 +252,7 @@ def _generate_watched(
     with tqdm(total=len(left), unit="gen", disable=None, dynamic_ncols=True) as bar:
 
         def show(row: Measurement) -> None:
-            rate = (row.output_tokens - 1) / row.decode_s if row.decode_s > 0 else 0.0
+            rate = row.decode_tokens / row.decode_s if row.decode_s > 0 else 0.0
             bar.set_description(f"{row.task} {row.decoder}")
             bar.set_postfix_str(f"{rate:.1f} tokens/s")
             bar.update()
