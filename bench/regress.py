@@ -208,6 +208,17 @@ def answer(measurer: Measurer, request: Mapping[str, Any]) -> Any:
     return {"facts": measurer.facts, "counters": measurer.counters}[request["do"]]()
 
 
+def _first(settings: Mapping[str, Any]) -> Measurer:
+    """The measurer; UserError in one sentence where an older checkout lacks what it is made of."""
+    try:
+        return Measurer(**settings)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"this checkout cannot be measured by the gate as it is now ({error}); name a later "
+            "commit as base"
+        ) from error
+
+
 def serve() -> None:
     """Answer requests until stdin ends; the first one holds the settings."""
     replies, sys.stdout = sys.stdout, sys.stderr  # a stray print must not break the protocol
@@ -216,7 +227,7 @@ def serve() -> None:
         try:
             request = json.loads(line)
             if measurer is None:
-                measurer = Measurer(**request)
+                measurer = _first(request)
                 result: Any = measurer.labels
             else:
                 result = answer(measurer, request)

@@ -190,6 +190,34 @@ def test_a_checkout_is_the_ref_and_leaves_nothing_behind(tmp_path: Path) -> None
         pass
 
 
+def test_a_base_older_than_the_gate_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A commit without the gate, and one whose packages lack something the gate imports."""
+    repository = tmp_path / "repository"
+    shutil.copytree(ROOT / "tidar_ref", repository / "tidar_ref")
+    git(repository, "init", "-q")
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "before the gate")
+    (repository / "bench").mkdir()
+    for name in ("__init__.py", "regress.py"):
+        shutil.copy(ROOT / "bench" / name, repository / "bench")
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "without bench.profiles")
+    real = interleaved.checkout
+    monkeypatch.setattr(interleaved, "checkout", lambda ref: real(ref, repository))
+    for ref, words in (
+        ("HEAD~1", "HEAD~1 has no bench/regress.py, so it is older than the gate"),
+        ("HEAD", "base: this checkout cannot be measured by the gate as it is now (No module"),
+    ):
+        command = ["regress", "--base", ref, "--decoders", *K8, "--out", str(tmp_path / "out")]
+        assert cli.main(command) == 2
+        said = capsys.readouterr().err
+        assert f"error: {words}" in said and "Traceback" not in said
+        assert said.strip().endswith("name a later commit as base")
+    assert not (tmp_path / "out").exists()
+
+
 class Slower:
     """A decoder whose every step takes `share` longer, by burning the processor."""
 

@@ -68,18 +68,17 @@ def regress_against(
             sides.from_regress(base, "base"), sides.from_regress(head, "head"), tolerance=tolerance
         )
 
-    with (
-        interleaved.checkout(ref) as folder,
-        interleaved.workers(folder, interleaved.HERE, settings) as start,
-    ):
-        base, head = interleaved.measure_pair(
-            start,
-            enough=lambda one, other: all_decided(judge(one, other)),
-            blocks=blocks,
-            fewest=min(interleaved.FEWEST, most),
-            most=most,
-            say=say,
-        )
+    with interleaved.checkout(ref) as folder:
+        interleaved.check_measurable(folder, ref)
+        with interleaved.workers(folder, interleaved.HERE, settings) as start:
+            base, head = interleaved.measure_pair(
+                start,
+                enough=lambda one, other: all_decided(judge(one, other)),
+                blocks=blocks,
+                fewest=min(interleaved.FEWEST, most),
+                most=most,
+                say=say,
+            )
     files = (
         regress_record.write(out / "base.json", base),
         regress_record.write(out / "head.json", head),

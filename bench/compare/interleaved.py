@@ -194,6 +194,15 @@ def checkout(ref: str, repository: Path = HERE) -> Iterator[Path]:
             _git(repository, "worktree", "remove", "--force", str(folder))
 
 
+def check_measurable(folder: Path, ref: str) -> None:
+    """UserError unless the checkout has the gate itself: older ones lack what it measures with."""
+    if not (folder / WORKER.relative_to(HERE)).is_file():
+        raise UserError(
+            f"{ref} has no {WORKER.relative_to(HERE)}, so it is older than the gate and cannot be "
+            "measured; name a later commit as base"
+        )
+
+
 def _git(repository: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(
