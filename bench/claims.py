@@ -18,8 +18,8 @@ from tidar_ref.errors import UserError
 
 PAPER_DIR = Path(__file__).resolve().parents[1] / "results" / "paper"
 FILES = (
-    "table2.csv", "table3.csv", "table4.csv", "table5.csv", "figure1.csv", "figure4.csv",
-    "figure5.csv", "figure6.csv", "text.csv", "site_bars.csv", "site_traces.csv",
+    "table2.csv", "table3.csv", "table4.csv", "table5.csv", "table6.csv", "figure1.csv",
+    "figure4.csv", "figure5.csv", "figure6.csv", "text.csv", "site_bars.csv", "site_traces.csv",
     "published_eagle3.csv", "published_diffusion.csv",
 )  # fmt: skip
 FINDINGS, PROPERTIES = "findings.csv", "properties.csv"
@@ -39,6 +39,8 @@ UNITS = {
     "slots": "tokens",
     "steps": "steps",
     "count": "steps",
+    "shots": "examples",
+    "length_limit": "tokens",
 }
 # The paper's sizes, under the names their shapes have here.
 SHAPES = {"1.5B": "qwen2.5-1.5b", "8B": "qwen3-8b", "32B": "qwen3-32b"}

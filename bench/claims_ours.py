@@ -123,6 +123,8 @@ def observe(record: RunRecord) -> list[Observed]:
     rows, flags = table_rows(record), flags_of(record)
     for label in record.header.decoders:
         mine = [row for row in rows if row.decoder == label]
+        if label == REFERENCE:
+            found += [cell for row in mine for cell in _protocol(record, row)]
         cells = [cell for row in mine for cell in _of_row(record, row, flags)]
         found += cells + _means(cells)
         found += _step_ratio(record, label, flags)
@@ -194,6 +196,30 @@ def _of_row(record: RunRecord, row: TableRow, flags: Flags) -> list[Observed]:
             spoiled=spoilers(MADE_OF[metric], both if metric == "speedup" else (cell,), flags),
         )
         for task, metric, value, low, high in numbers
+        if value is not None
+    ]  # fmt: skip
+
+
+def _protocol(record: RunRecord, row: TableRow) -> list[Observed]:
+    """Worked examples in a prompt and the length limit of a task, as Table 6 states them.
+
+    Of the base style only; a record tells its limit where it set one or where it cut an output.
+    """
+    profile = record.header.profile
+    if profile.get("style", "base") != "base":
+        return []
+    cut = [r.output_tokens for r in record.measurements if r.task == row.task
+           and r.finish == "length"]  # fmt: skip
+    cap = profile["max_new_tokens"]
+    limit = max(cut) if cut else cap
+    tasks = (row.task, "humaneval_plus") if row.task == "humaneval" else (row.task,)
+    return [
+        _observed(
+            record, REFERENCE, task=task, metric=metric, value=float(value), n=row.n, spoiled=(),
+            whole=metric == "shots" or not (cap and cap < LENGTHS.get(task, 0)),
+        )
+        for task in tasks
+        for metric, value in (("shots", row.shots), ("length_limit", limit))
         if value is not None
     ]  # fmt: skip
 

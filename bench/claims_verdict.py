@@ -47,6 +47,7 @@ OTHER_WEIGHTS, OTHER_SETTING, NOT_RUN = "different weights", "different setting"
 VERDICTS = (REPRODUCED, OFF, PREDICTED, FLAGGED, OTHER_WEIGHTS, OTHER_SETTING, NOT_RUN)
 # Numbers that depend on the machine as well as on the weights; the claims are of an H100.
 TIMED = {"speedup", "tokens_per_s", "latency", "time", "step_ratio"}
+PROTOCOL = ("shots", "length_limit")  # how a task is run, whatever the weights
 STEP_COSTS = ("step_ratio", "latency")  # the shape of the weights decides them, not their values
 # Systems of the paper that our AR rows, whatever their weights, are the counterpart of.
 AR_COUNTERPARTS = ("Qwen2.5 1.5B", "Qwen2.5 1.5B fine-tuned", "Qwen3 8B")
@@ -88,6 +89,8 @@ def _twin(claim: Claim) -> tuple[Any, ...]:
 
 
 def _judge(claim: Claim, tokens: Claim | None, observed: Sequence[Observed]) -> Judged:
+    if claim.metric in PROTOCOL:
+        return _protocol(claim, observed)
     like = [item for item in observed if _same_quantity(claim, item)]
     same = [item for item in like if _same_weights(claim, item)]
     comparable = [item for item in same if not _setting_difference(claim, item)]
@@ -105,6 +108,16 @@ def _judge(claim: Claim, tokens: Claim | None, observed: Sequence[Observed]) -> 
         best = _best(others)
         return _beside(claim, best, OTHER_WEIGHTS, f"{best.weights}, {best.tier} tier")
     return _judged(claim, NOT_RUN, needs=needs(claim))
+
+
+def _protocol(claim: Claim, observed: Sequence[Observed]) -> Judged:
+    mine = [item for item in observed if (item.metric, item.task) == (claim.metric, claim.task)]
+    if not mine:
+        return _judged(claim, NOT_RUN, needs=needs(claim))
+    best = _best(mine)
+    if best.whole:
+        return _compared(claim, best)
+    return _beside(claim, best, OTHER_SETTING, "a shorter length limit was asked for")
 
 
 def _same_quantity(claim: Claim, item: Observed) -> bool:
@@ -242,6 +255,10 @@ def needs(claim: Claim) -> str:
     from bench.registry import decoder_names
 
     task = {"humaneval_plus": "humaneval"}.get(claim.task, claim.task)
+    if claim.metric in PROTOCOL:
+        if task not in LENGTHS:
+            return f"task {task}, not in bench/tasks"
+        return f"any weights: python -m bench run --profile paper --decoders ar --tasks {task}"
     known = claim.decoder in decoder_names()
     parts = []
     if claim.source == "Figure 1":

@@ -264,13 +264,35 @@ def test_observed_flags_follow_what_a_number_is_made_of() -> None:
     assert found["ar", "humaneval", "t_per_nfe"] == found["tidar", "gsm8k_cot", "speedup"] == ()
 
 
+def test_the_protocol_is_met_or_off_on_any_weights() -> None:
+    shots, limit = claim("table6/mbpp/shots"), claim("table6/mbpp/length_limit")
+    made = five_tasks()
+    data = {**made.header.data, "mbpp": {**made.header.data["mbpp"], "shots": 3}}
+
+    def judged(length: int, cap: int | None, data: dict[str, Any] = data) -> list[str]:
+        profile = {**made.header.profile, "max_new_tokens": cap}
+        head = dataclasses.replace(made.header, profile=profile, data=data)
+        rows = [dataclasses.replace(row, output_tokens=length) for row in made.measurements]
+        record = dataclasses.replace(made, header=head, measurements=tuple(rows))
+        return [j.verdict for j in judge_all([shots, limit], claims_ours.observe(record))]
+
+    assert judged(512, None) == [REPRODUCED, REPRODUCED]
+    assert judged(256, None) == [REPRODUCED, OFF]
+    assert judged(64, 64) == [REPRODUCED, OTHER_SETTING]
+    assert judged(512, None, made.header.data) == [OFF, REPRODUCED]  # no worked example
+    assert [j.verdict for j in judge_all([shots], [])] == [NOT_RUN]
+    found = {(o.task, o.metric): o.value for o in claims_ours.observe(made)}
+    assert found["humaneval_plus", "shots"] == 0
+
+
 def test_random_weights_give_step_costs_only() -> None:
     record = five_tasks()
     random = dataclasses.replace(
         record, header=dataclasses.replace(
             record.header, weights={**record.header.weights, "tier": "random"})
     )  # fmt: skip
-    assert {o.metric for o in claims_ours.observe(random)} == {"step_ratio"}
+    protocol = {"shots", "length_limit"}
+    assert {o.metric for o in claims_ours.observe(random)} == {"step_ratio"} | protocol
 
 
 def test_the_page_of_the_committed_records(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ def add(verbs: Any) -> None:
 def gate_options(verb: argparse.ArgumentParser) -> None:
     """What `compare` and `regress` both take."""
     verb.add_argument("--tolerance", type=float, default=0.05, help="share a speed may fall by")
-    verb.add_argument("--strict", action="store_true", help="undecided and flagged timings fail too")
+    verb.add_argument("--strict", action="store_true", help="undecided or flagged ones fail too")
     verb.add_argument("--junit", type=Path, help="write JUnit XML here")
     verb.add_argument("--gab", type=Path, help="write github-action-benchmark JSON here")
 
