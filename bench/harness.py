@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import environment
+from bench.memory import Peak
 from bench.metrics import DEFINITIONS_VERSION
 from bench.profiles import Profile, TaskSpec
 from bench.records import (
@@ -310,8 +311,6 @@ def generate_all(
 
 def measure(prepared: Prepared, key: Key, problem: Problem) -> tuple[Measurement, list[StepRecord]]:
     """One generation, as its measurement and its step ledger."""
-    import torch
-
     from bench.tasks.stopping import make_stop
     from tidar_ref.decoding import Sampling, generate
 
@@ -319,9 +318,7 @@ def measure(prepared: Prepared, key: Key, problem: Problem) -> tuple[Measurement
     profile, tokenizer = prepared.profile, prepared.loaded.tokenizer
     prompt = prepared.prompts[task, problem_id]
     to_the_limit = profile.stopping == "fixed"
-    on_cuda = prepared.device.startswith("cuda")
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
+    peak = Peak(prepared.device)
     began_at = now()
     [trace] = generate(
         prepared.decoders[label],
@@ -333,9 +330,8 @@ def measure(prepared: Prepared, key: Key, problem: Problem) -> tuple[Measurement
         clock=profile.clock,
     )
     ended_at = now()
-    peak = torch.cuda.max_memory_allocated() if on_cuda else None
     stops = () if to_the_limit else problem.stop
-    row = summarise(key, problem, prompt, trace, tokenizer, stops, peak)
+    row = summarise(key, problem, prompt, trace, tokenizer, stops, peak.bytes())
     row = dataclasses.replace(row, began_at=round(began_at, 4), ended_at=round(ended_at, 4))
     return row, ledger(key, trace)
 
@@ -386,6 +382,7 @@ def summarise(
         text=final_text(tokenizer, prompt, trace.token_ids, stops),
         token_ids_sha=ids_sha(trace.token_ids),
         peak_memory_bytes=peak_memory_bytes,
+        tokens_processed=sum(step.target_forwards * step.query_width for step in steps),
     )
 
 

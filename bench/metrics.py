@@ -50,6 +50,29 @@ def tokens_per_s(rows: Sequence[Measurement]) -> float | None:
     return decode_tokens(rows) / seconds if seconds > 0 else None
 
 
+def draft_forwards_per_token(rows: Sequence[Measurement]) -> float | None:
+    """Forwards of a separate drafter, prefill's included, per kept decode token."""
+    tokens = decode_tokens(rows)
+    return sum(row.draft_forwards for row in rows) / tokens if tokens else None
+
+
+def tokens_processed_per_token(rows: Sequence[Measurement]) -> float | None:
+    """Query tokens through the target per kept decode token: the compute of a token in AR steps.
+
+    Masks, rejected drafts and stored blocks are in it, a separate drafter's work is not.
+    """
+    tokens, processed = decode_tokens(rows), [row.tokens_processed for row in rows]
+    if not tokens or None in processed:
+        return None
+    return sum(count for count in processed if count is not None) / tokens
+
+
+def peak_memory_bytes(rows: Sequence[Measurement]) -> int | None:
+    """The largest peak of any output; None unless every row has one."""
+    peaks = [row.peak_memory_bytes for row in rows]
+    return None if not peaks or None in peaks else max(p for p in peaks if p is not None)
+
+
 def prefill_s(rows: Sequence[Measurement]) -> float | None:
     """Mean seconds from the call to the first token."""
     return sum(row.prefill_s for row in rows) / len(rows) if rows else None

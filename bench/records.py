@@ -1,8 +1,8 @@
 """The records a run writes: one header, then one JSON line per measurement, step and score.
 
 Plain frozen data, no torch. Units are in the field names, fractions are 0 to 1, absent is None.
-Schema history: 1 (first; `draft_tokens`, `began_at` and `ended_at` came later and are None in the
-oldest records).
+Schema history: 1 (first; `draft_tokens`, `began_at`, `ended_at` and `tokens_processed` came later
+and are None in the oldest records).
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ class Measurement:
     output_tokens counts kept tokens (end-of-sequence or stop-completing token included),
     tokens_generated everything the decoder committed. acceptance_histogram[r] counts decode steps
     that committed r tokens; drafted_at and accepted_at count by draft position. forward_s and
-    host_s exist only under the per_step clock, peak_memory_bytes only on CUDA. `text` is raw:
-    before any task's filter. `drafted` and `accepted` are sums over the decode steps. began_at and
-    ended_at are Unix seconds on the run's own clock, which the telemetry shares.
+    host_s exist only under the per_step clock. peak_memory_bytes: on CUDA what was allocated at
+    most, on Linux the resident set of the whole process, else None. `text` is raw: before any
+    task's filter. `drafted` and `accepted` are sums over the decode steps, and so is
+    tokens_processed: query tokens sent through the target. began_at and ended_at are Unix seconds
+    on the run's own clock, which the telemetry shares.
     """
 
     decoder: str
@@ -82,6 +84,7 @@ class Measurement:
     peak_memory_bytes: int | None
     began_at: float | None = None
     ended_at: float | None = None
+    tokens_processed: int | None = None
 
     @property
     def key(self) -> tuple[str, str, str, int]:

@@ -76,6 +76,9 @@ class TableRow:
     speedup: float | None
     speedup_low: float | None
     speedup_high: float | None
+    draft_forwards_per_token: float | None
+    tokens_processed_per_token: float | None
+    peak_memory_bytes: int | None
     stopped_by_length: int
     equal_to_ar: int | None
     compared_to_ar: int | None
@@ -156,6 +159,9 @@ def _row(
         speedup=faster.value if faster else None,
         speedup_low=faster.low if faster else None,
         speedup_high=faster.high if faster else None,
+        draft_forwards_per_token=metrics.draft_forwards_per_token(mine) if real else None,
+        tokens_processed_per_token=metrics.tokens_processed_per_token(mine) if real else None,
+        peak_memory_bytes=metrics.peak_memory_bytes(mine),
         stopped_by_length=sum(row.finish == "length" for row in mine),
         equal_to_ar=equal[0] if equal else None,
         compared_to_ar=equal[1] if equal else None,
@@ -218,7 +224,7 @@ def to_markdown(record: RunRecord) -> str:
     run = validity.telemetry_of(record)
     marks = Marks(validity.flags_of(record, run))
     main, device = _main_table(rows, marks), _device_table(record, run, marks)
-    parts = [_heading(record), main, "\n".join(marks.notes()), device]
+    parts = [_heading(record), main, "\n".join(marks.notes()), _work_table(rows), device]
     if record.header.weights["tier"] != "random":
         parts += [_score_table(record), _acceptance_table(record)]
     parts.append("\n".join(divergence_lines(record)))
@@ -291,6 +297,29 @@ def _main_line(row: TableRow, marks: Marks) -> tuple[str, ...]:
         f"{row.stopped_by_length} of {row.n}",
         _paper_cell(row),
     )
+
+
+def _work_table(rows: list[TableRow]) -> str:
+    """What a token costs; nothing for records that did not count it."""
+    if not any(row.tokens_processed_per_token for row in rows):
+        return ""
+    head = ("task", "decoder", "tokens processed", "draft forwards", "peak memory, MiB")
+    body = [
+        (
+            row.task,
+            row.decoder,
+            _cell(row.tokens_processed_per_token),
+            _cell(row.draft_forwards_per_token),
+            "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f}",
+        )
+        for row in rows
+    ]
+    note = (
+        "Per kept decode token: query tokens through the target (`ar`: 1; what a token costs in"
+        " compute, rejected work included) and forwards of a separate drafter. Memory on a CPU is"
+        " the process's, with the weights of all decoders in it."
+    )
+    return "## Work per token\n\n" + _markdown(head, body) + "\n\n" + note
 
 
 def _device_table(record: RunRecord, run: RunTelemetry, marks: Marks) -> str:

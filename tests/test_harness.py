@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from bench import harness
+from bench import harness, memory
+from bench.memory import Peak
 from bench.profiles import (
     PROFILES,
     SMOKE,
@@ -142,7 +144,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         assert ar.text == other.text and ar.token_ids_sha == other.token_ids_sha
         assert ar.decode_forwards == ar.output_tokens - 1
         assert ar.finish == other.finish
-        assert ar.forward_s is None and ar.host_s is None and ar.peak_memory_bytes is None
+        assert ar.forward_s is None and ar.host_s is None
     steps = list(read_steps(tmp_path / "r"))
     for m in record.measurements:
         mine = [step for step in steps if step.key == m.key]
@@ -238,10 +240,24 @@ def test_a_trace_is_summed_by_hand() -> None:
     m = harness.summarise(("tidar", "echo", "0", 0), problem, [1, 2, 3], trace, Letters(), (), None)
     assert (m.output_tokens, m.tokens_generated, m.decode_forwards) == (5, 7, 3)
     assert m.acceptance_histogram == (0, 1, 1, 1)
-    assert (m.drafted, m.accepted) == (9, 3)
+    assert (m.drafted, m.accepted, m.tokens_processed) == (9, 3, 60)
     assert (m.drafted_at, m.accepted_at) == ((3, 3, 3), (2, 1, 0))
     assert m.forward_s == pytest.approx(0.45) and m.host_s == pytest.approx(0.15)
     assert m.text == "ABCDE"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="not Linux")
+def test_peak_memory_is_of_one_generation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = Peak("cpu").bytes()
+    watch = Peak("cpu")
+    block = np.ones(40_000_000)  # 320 MB
+    inside = watch.bytes()
+    del block
+    after = Peak("cpu").bytes()
+    assert before is not None and inside is not None and after is not None
+    assert inside - before > 300e6 and inside - after > 300e6
+    monkeypatch.setattr(memory, "OWN", tmp_path / "none")
+    assert Peak("cpu").bytes() is None
 
 
 def test_a_prompt_longer_than_the_cache_is_refused() -> None:

@@ -127,3 +127,19 @@ def test_equal_outputs_needs_ids_and_text() -> None:
     reference = [row(problem="a"), row(problem="b"), row(problem="c")]
     other = [row(problem="a"), row(problem="b", token_ids_sha="z"), row(problem="x")]
     assert metrics.equal_outputs(other, reference) == (1, 2)
+
+
+def test_work_per_token_by_hand() -> None:
+    """Sums over sums; one row without a count leaves the ratio unknown."""
+    rows = [
+        row(tokens_processed=200, draft_forwards=12, peak_memory_bytes=5),
+        row(tokens_processed=100, draft_forwards=8, peak_memory_bytes=7),
+    ]
+    assert metrics.decode_tokens(rows) == 20
+    assert metrics.tokens_processed_per_token(rows) == 15.0
+    assert metrics.draft_forwards_per_token(rows) == 1.0
+    assert metrics.peak_memory_bytes(rows) == 7
+    old = row()
+    assert metrics.tokens_processed_per_token([*rows, old]) is None
+    assert metrics.peak_memory_bytes([*rows, old]) is None
+    assert metrics.tokens_processed_per_token([]) is None
