@@ -7,6 +7,7 @@ compute exactly is refused, never approximated.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,6 +79,10 @@ def load_head(spec: str, model: Transformer) -> EagleHead:
     target_ids = _target_ids(vocabulary, config, model.config.vocab_size, str(folder))
     head = EagleHead(config, embed, target_ids, name=folder.resolve().name)
     _fill(head, tensors, str(folder))
+    digest = hashlib.sha256()
+    for path in _weight_files(folder):
+        digest.update(path.read_bytes())
+    head.sha256 = digest.hexdigest()
     return ready(head, model)
 
 
@@ -194,7 +199,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
     """All tensors of the folder by SafeAILab's names."""
     from safetensors.torch import load_file
 
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files = _weight_files(folder)
     if not files:
         raise UserError(f"{folder} has neither *.safetensors nor pytorch_model.bin: fetch it again")
     found: dict[str, Tensor] = {}
@@ -209,6 +214,10 @@ def _read(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"{path} cannot be read ({error}): fetch it again") from None
         found |= {_canonical(name): tensor for name, tensor in part.items()}
     return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def _canonical(name: str) -> str:

@@ -94,6 +94,12 @@ class EagleDecoder:
         self.scratch = depth + 1 + max(self.nodes, depth * top_k) + 1
         self.causal = causal_mask(self.nodes + 1).to(model.device)
 
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What a record's header says of the head."""
+        sha256 = self.drafter.sha256
+        return {} if sha256 is None else {"head_sha256": sha256}
+
     def _checked_nodes(self, nodes: int | None) -> int:
         if self.top_k == 1:
             if nodes not in (None, self.depth):

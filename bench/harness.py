@@ -248,6 +248,7 @@ def make_header(prepared: Prepared, argv: Sequence[str]) -> RunHeader:
                 # On weights of its own it promises nothing about the run's `ar`.
                 "lossless": decoder.lossless and label not in prepared.own_weights,
                 "weights": _portable(prepared.own_weights.get(label)),
+                **getattr(decoder, "provenance", {}),
             }
             for label, decoder in prepared.decoders.items()
         },

@@ -51,7 +51,7 @@ def test_every_recipe_rehearses(name: str, tmp_path: Path) -> None:
     if small.head is not None:
         assert "Draft head" in card and log[1]["diffusion_loss"] < 1.1 * log[0]["diffusion_loss"]
         drafter = eagle3.build(load("random:tiny").model, head=str(folder)).drafter
-        assert drafter.trained and len(drafter.target_ids) == notes["draft_vocab"]
+        assert drafter.sha256 and drafter.trained and len(drafter.target_ids) == notes["draft_vocab"]
         return
     loaded = load(f"random:tiny+{folder}")
     assert loaded.source.adapters[0].startswith("adapter sha256 ")
