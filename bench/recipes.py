@@ -69,6 +69,14 @@ SMOLLM2_TIDAR = dataclasses.replace(
     purpose="the paper's joint model on toy data; one adapter for K = 4 and K = 8",
     objective=dict(kind="tidar", block_lens=(4, 8), grids=2),
 )
+SMOLLM2_TIDAR_MORE = dataclasses.replace(
+    SMOLLM2_TIDAR,
+    name="smollm2-tidar-more",
+    purpose="smollm2-tidar trained on, mostly on templates: a second adapter on top of the first",
+    weights="embedded+smollm2-tidar",
+    train={**{k: v for k, v in SMOLLM2_TRAIN.items() if k != "steps"}, "minutes": 45, "lr": 1e-3},
+    mixture=(Source(name="gsm8k-chains", count=1_800), Source(name="templates", count=5_000)),
+)
 SMOLLM2_GATED = dataclasses.replace(
     SMOLLM2_AR,
     name="smollm2-tidar-gated",
@@ -215,6 +223,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         SMOLLM2_AR,
         SMOLLM2_TIDAR,
+        SMOLLM2_TIDAR_MORE,
         SMOLLM2_GATED,
         SMOLLM2_BLOCK,
         SMOLLM2_RANDOM_MASK,
