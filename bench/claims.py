@@ -91,6 +91,22 @@ class Claim:
         return {key: value or key for key, _, value in parts}
 
 
+    @property
+    def setting_words(self) -> str:
+        """Everything that places the number beside its task, for a reader: "K 16 beta 0 ..."."""
+        words = [
+            f"{word} {getattr(self, name):g}"
+            for name, word in (
+                ("block_len", "K"), ("beta", "beta"), ("alpha", "alpha"),
+                ("threshold", "threshold"), ("width", "width"), ("kv_len", "KV"),
+            )
+            if getattr(self, name) is not None
+        ]  # fmt: skip
+        shown = ("alpha", "beta")
+        words += [p for p in self.setting.split(";") if p and p.split("=")[0] not in shown]
+        return " ".join(words)
+
+
 COLUMNS = tuple(field.name for field in fields(Claim))
 
 

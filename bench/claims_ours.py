@@ -77,6 +77,11 @@ def committed_width_records(folder: Path = RECORDS_DIR) -> tuple[Path, ...]:
     return tuple(sorted(path.parent for path in folder.glob(f"*/{SLOTS_HEADER}")))
 
 
+def run_folders(folders: Sequence[Path]) -> list[Path]:
+    """Those that hold a run; a folder that holds nothing known too, so that reading it says so."""
+    return [f for f in folders if (f / HEADER).is_file() or not (f / SLOTS_HEADER).is_file()]
+
+
 def observe_slots(folder: Path) -> list[Observed]:
     """A width record's step costs: seconds by width, and steps of decoders in AR steps.
 
@@ -134,10 +139,11 @@ def observe(record: RunRecord) -> list[Observed]:
 def observe_all(folders: Sequence[Path]) -> list[Observed]:
     """`observe` or `observe_slots` over record folders; UserError for a folder that is none."""
     found: list[Observed] = []
+    runs = run_folders(folders)
     for folder in folders:
         if (folder / SLOTS_HEADER).is_file():
             found += observe_slots(folder)
-        if (folder / HEADER).is_file() or not (folder / SLOTS_HEADER).is_file():
+        if folder in runs:
             found += observe(read_record(folder))
     return found
 

@@ -403,16 +403,6 @@ def to_markdown(
 
 def _line(item: Judged) -> str:
     claim = item.claim
-    setting = [
-        f"{word} {getattr(claim, name):g}"
-        for name, word in (
-            ("block_len", "K"), ("beta", "beta"), ("alpha", "alpha"), ("threshold", "threshold"),
-            ("width", "width"), ("kv_len", "KV"),
-        )
-        if getattr(claim, name) is not None
-    ]  # fmt: skip
-    setting += [part for part in claim.setting.split(";") if part.split("=")[0] not in
-                ("alpha", "beta")]  # fmt: skip
     ours = ""
     if item.ours is not None:
         span = f" [{item.low:.3g}, {item.high:.3g}]" if item.low is not None and item.high else ""
@@ -420,7 +410,7 @@ def _line(item: Judged) -> str:
     read = "" if claim.certainty == "text" else f" ({claim.certainty})"
     why = "; ".join(part for part in (item.reason, item.needs) if part)
     cells = (
-        claim.system, claim.task, " ".join(filter(None, setting)), claim.metric,
+        claim.system, claim.task, claim.setting_words, claim.metric,
         f"{claim.value:g} {claim.unit}{read}", ours, item.verdict, why,
     )  # fmt: skip
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"

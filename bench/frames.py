@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.claims import load_claims
-from bench.claims_ours import SLOTS_HEADER, observe_all
+from bench.claims_ours import observe_all, run_folders
 from bench.claims_verdict import judge_all, to_rows
 from bench.records import Measurement, ScoreRecord, StepRecord
-from bench.store import HEADER, RunRecord, planned_keys, read_record, read_steps
+from bench.store import RunRecord, planned_keys, read_record, read_steps
 from tidar_ref.errors import UserError
 
 if TYPE_CHECKING:
@@ -212,8 +212,7 @@ def load(paths: str | Path | Sequence[str | Path]) -> Frames:
         raise UserError("bench.load got no record folder; name at least one")
     records = [
         (folder, read_record(folder))
-        for folder in folders
-        if (folder / HEADER).is_file() or not (folder / SLOTS_HEADER).is_file()
+        for folder in run_folders(folders)
     ]
     observed = observe_all(folders)
     rows: dict[str, list[dict[str, Any]]] = {

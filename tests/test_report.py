@@ -17,10 +17,13 @@ import pytest
 from made_records import header, row
 from report_browser import Page, find_chromium
 
+from bench import figures
+from bench.claims_ours import committed_records
 from bench.cli import main
 from bench.records import Measurement, ScoreRecord, StepRecord, ids_sha
 from bench.report import markup, plots
 from bench.report.build import build, twin, write_report
+from bench.report.paper import paper_figure
 from bench.report.player import (
     embedded,
     examples,
@@ -29,7 +32,7 @@ from bench.report.player import (
     spell,
     story,
 )
-from bench.report.sections import Source
+from bench.report.source import Source
 from bench.store import RunStore, read_record, read_steps, read_vocabulary
 from tidar_ref.errors import UserError
 
@@ -450,8 +453,47 @@ def test_a_width_record_joins_the_page(record: Path, tmp_path: Path) -> None:
     for point in measured:
         assert f"| 16 | {point['width']} | {1000 * point['median_s']:.2f} |" in text
     assert "Table: steps of decoders" in text and "Tables of curve" in text
+    figure = paper_figure("figure1", figures.gather([record, folder]))
+    assert "Ours beside it: 1 series, 2 points" in figure.caption
+    for point in measured:
+        ours = f"(curve) | past KV 16 | {point['width']} | {1000 * point['median_s']:.4g} |"
+        assert ours in figure.numbers
+    [again] = [s for s in build([run], curves=[folder], paper_figures=False) if s.id == "reproduce"]
+    assert any("bench slots --weights random:tiny" in str(part) for part in again.parts)
     with pytest.raises(UserError, match="only width records"):
         write_report([folder], tmp_path)
+
+
+def test_the_papers_figures_stand_on_the_page(report: tuple[str, str, Path]) -> None:
+    """All four, in both forms, and where nothing is ours the page says so in words."""
+    html, markdown, _ = report
+    for number, lacking in (
+        ("1", "holds a width curve"),
+        ("4", "holds both a score and a speedup"),
+        ("5", "holds both a score and T/NFE"),
+        ("6", "holds all five tasks"),
+    ):
+        said = f"no record of this page {lacking}"
+        assert f"**Not measured here:** {said}" in markdown
+        assert f"<strong>Not measured here:</strong> {said}" in html
+        assert f"The paper's Figure {number}: " in markdown
+        assert f'aria-label="Figure {number}"' in html
+    assert html.count('<img class="paper"') == 4
+    point = "| average_5_tasks | K 16 beta 1 alpha 1.2 masking=full run=3 | 47.5 % | 7.36"
+    assert point in markdown.split("The paper's Figure 5")[1].split("The paper's Figure 6")[0]
+
+
+def test_ours_are_listed_beside_the_papers_points() -> None:
+    """The committed record with three decoders on four of the paper's tasks."""
+    [folder] = [path for path in committed_records() if "embedded" in path.name]
+    ours = figures.gather([folder])
+    seen = {(o.task, o.metric, o.label): o.value for o in ours.observed}
+    figure = paper_figure("figure5", ours)
+    assert "Not measured here" not in figure.caption and "12 points" in figure.caption
+    label = "tidar:block_len=4,beta=1"
+    x, y = (seen["gsm8k_cot", metric, label] for metric in ("t_per_nfe", "score"))
+    assert f"| gsm8k_cot | {x:.4g} | {y:.4g} |" in figure.numbers
+    assert "Not measured here" in paper_figure("figure6", ours).caption
 
 
 def test_random_weights_are_played_without_a_rate(tmp_path: Path) -> None:

@@ -9,27 +9,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from bench.figures.ours import Ours, gather
+from bench.figures.ours import Ours, Spot, gather
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("svg", "pdf", "png")
-__all__ = ["FORMATS", "Ours", "draw", "draw_all", "figure_names", "gather", "png"]
+__all__ = [
+    "FORMATS", "Ours", "Spot", "axes", "draw", "draw_all", "figure_names", "gather", "lacks", "png",
+    "spots",
+]  # fmt: skip
+
+
+def _papers() -> dict[str, Any]:
+    """The paper's figures: modules with AXES, LACKS, spots and draw."""
+    from bench.figures import betas, latency, pareto, tradeoff
+
+    return {"figure1": latency, "figure4": tradeoff, "figure5": pareto, "figure6": betas}
 
 
 def _drawers() -> dict[str, Callable[[Ours], Figure]]:
-    from bench.figures import acceptance, betas, latency, pareto, tradeoff
+    from bench.figures import acceptance
 
-    return {
-        "figure1": latency.draw,
-        "figure4": tradeoff.draw,
-        "figure5": pareto.draw,
-        "figure6": betas.draw,
-        "acceptance": acceptance.draw,
-    }
+    drawn = {name: module.draw for name, module in _papers().items()}
+    return {**drawn, "acceptance": acceptance.draw}
+
+
+def axes(name: str) -> tuple[str, str]:
+    """What stands on the axes of one of the paper's figures."""
+    return _papers()[name].AXES
+
+
+def spots(name: str, ours: Ours) -> list[Spot]:
+    """Our points on one of the paper's figures; empty where no record holds its quantities."""
+    return _papers()[name].spots(ours)
+
+
+def lacks(name: str) -> str:
+    """What a record must hold to be on one of the paper's figures, as "holds ..."."""
+    return _papers()[name].LACKS
 
 
 def figure_names() -> tuple[str, ...]:

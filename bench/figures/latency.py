@@ -8,19 +8,38 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bench.claims import PAPER_DIR, load_file
-from bench.figures.ours import Ours
+from bench.figures.ours import Ours, Spot
 from bench.figures.style import BLACK, BLUE, GREEN, RED, finish, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+AXES = ("token slots in one forward", "ms")
+LACKS = "holds a width curve"
 LOOKS = {
     "total": {"color": BLACK, "marker": "o", "linestyle": "-"},
     "mlp": {"color": BLUE, "marker": "s", "linestyle": "--"},
     "attention": {"color": RED, "marker": "^", "linestyle": ":"},
     "head": {"color": GREEN, "marker": "D", "linestyle": "-."},
 }
+
+
+def spots(ours: Ours) -> list[Spot]:
+    """Whole forwards of our width curves at batch 1; a panel is a length of past KV."""
+    return [
+        Spot(
+            panel=f"past KV {point.get('kv_len') or 0}",
+            name=f"ours: {point.get('weights', 'a forward')} ({name})",
+            x=point["width"],
+            y=1000 * point["median_s"],
+        )
+        for name, rows in ours.slots.items()
+        for point in rows
+        if point.get("part", "total") == "total"
+        and point.get("batch", 1) == 1
+        and point.get("median_s") is not None
+    ]
 
 
 def draw(ours: Ours) -> Figure:
@@ -46,7 +65,7 @@ def draw(ours: Ours) -> Figure:
     notes = ["paper: Qwen3-32B, one H100, batch 1, read off its vector figure (parts at fewer "
              "widths; MLP is the same in all panels)"]  # fmt: skip
     if not curves:
-        notes.append("Paper only: no record given holds a width curve.")
+        notes.append(f"Paper only: no record given {LACKS}.")
     finish(figure, "Figure 1: what a forward costs, by its token slots", notes, list(axes.flat), 5)
     return figure
 
@@ -72,6 +91,6 @@ def _ours(row: Any, name: str, rows: list[dict[str, Any]]) -> None:
 def _axis(axis: Axes, title: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_ylim(bottom=0)
-    axis.set(title=title, xlabel="token slots in one forward", ylabel="ms")
+    axis.set(title=title, xlabel=AXES[0], ylabel=AXES[1])
     ticks = [1, 4, 16, 64, 256, 512]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])

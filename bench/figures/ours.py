@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.claims_ours import SLOTS_HEADER, Observed, observe_all
+from bench.claims_ours import Observed, observe_all, run_folders
 from bench.figures.style import ours_look
 from bench.frames import slot_rows
-from bench.store import HEADER, RunRecord, read_record
+from bench.store import RunRecord, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spot:
-    """One of our points: legend text (it names what flags the point), place, marker."""
+    """One of our points: panel, legend text (it names what flags the point), place, marker.
 
+    The look is empty where a figure has its own.
+    """
+
+    panel: str
     name: str
     x: float
     y: float
-    look: dict[str, Any]
+    look: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +58,16 @@ class Ours:
                 continue
             name = name_of(first, tuple(dict.fromkeys(flags)))
             look = ours_look(order.index(name_of(first)), flagged=bool(flags))
-            points.append(Spot(name=name, x=across, y=first.value, look=look))
+            points.append(Spot(panel=task, name=name, x=across, y=first.value, look=look))
         return points
 
 
 def gather(folders: Sequence[Path]) -> Ours:
     """Read record folders; none is allowed and gives figures of the paper alone."""
     folders = [Path(folder) for folder in folders]
-    runs = [
-        folder
-        for folder in folders
-        if (folder / HEADER).is_file() or not (folder / SLOTS_HEADER).is_file()
-    ]
     return Ours(
-        records=tuple(read_record(folder) for folder in runs),
-        observed=tuple(observe_all(runs)),
+        records=tuple(read_record(folder) for folder in run_folders(folders)),
+        observed=tuple(observe_all(folders)),
         slots={folder.resolve().name: rows for folder in folders if (rows := slot_rows(folder))},
     )
 

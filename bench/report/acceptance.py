@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bench import metrics
 from bench.report.markup import Figure, Part, Section, table
 from bench.report.plots import Point, Series, bars, points
-from bench.report.sections import Source, rows_of
+from bench.report.source import Source, rows_of
 
 
 def acceptance(sources: Sequence[Source]) -> Section:

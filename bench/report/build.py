@@ -11,17 +11,22 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from bench.report import sections
+from bench.claims_ours import run_folders
+from bench.figures import gather
 from bench.report.acceptance import acceptance
-from bench.report.costs import quality, utilisation, widths
+from bench.report.claims import claims
+from bench.report.costs import utilisation, widths
+from bench.report.headline import headline
 from bench.report.markup import Section, part_html, part_markdown
 from bench.report.player import HOW_TO_READ, examples, player
-from bench.report.sections import Source
-from bench.store import HEADER, read_record, write_whole
+from bench.report.provenance import environment, reproduce, validity
+from bench.report.quality import quality
+from bench.report.results import results, step_costs
+from bench.report.source import Source
+from bench.store import read_record, write_whole
 from tidar_ref.errors import UserError
 
 HTML, MARKDOWN = "report.html", "report.md"
-SLOTS = "slots.jsonl"
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> tuple[Path, Path]:
@@ -35,8 +40,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> tuple[Path
     target = out or folders[0]
     title = "TiDAR, measured"
     # A width record has no run in it: its curves join the page, its header is its own.
-    curves = [f for f in folders if (f / SLOTS).exists() and not (f / HEADER).exists()]
-    sources = [_source(folder) for folder in folders if folder not in curves]
+    runs = run_folders(folders)
+    curves = [folder for folder in folders if folder not in runs]
+    sources = [_source(folder) for folder in runs]
     if not sources:
         raise UserError("only width records are named; name the record of a run too")
     try:
@@ -64,6 +70,8 @@ def build(
     curves: folders of width records (`bench slots`).
     The paper's figures are drawn by matplotlib and take seconds: a caller may do without.
     """
+    folders = [*(source.folder for source in sources), *curves]
+    ours = gather(folders) if paper_figures else None
     names = [source.record.name for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"record {max(names, key=names.count)} is named twice; name it once")
@@ -77,18 +85,18 @@ def build(
         parts=[HOW_TO_READ, player(shown, total=total)],
     )
     every = [
-        sections.headline(sources),
+        headline(sources),
         watch,
-        sections.results(sources),
-        sections.step_costs(sources),
-        quality(sources, paper_figures=paper_figures),
+        results(sources),
+        step_costs(sources),
+        quality(sources, ours),
         acceptance(sources),
-        widths(sources, curves, paper_figures=paper_figures),
-        sections.claims(sources),
+        widths(sources, curves, ours),
+        claims(folders),
         utilisation(sources),
-        sections.validity(sources),
-        sections.environment(sources),
-        sections.reproduce(sources),
+        validity(sources),
+        environment(sources),
+        reproduce(sources, curves),
     ]
     return [section for section in every if section is not None]
 

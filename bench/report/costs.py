@@ -1,89 +1,23 @@
-"""What speed costs and what it buys: quality against speed, width curves, utilisation, energy."""
+"""What a step costs: time by query width, utilisation, energy."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from bench import validity
+from bench.figures import Ours
 from bench.report.markup import Figure, Folded, Part, Section, table
+from bench.report.paper import paper_figure
 from bench.report.plots import Point, Series, points
-from bench.report.sections import Source, lettered, rows_of
+from bench.report.source import Source, lettered, noted, rows_of
 from bench.store import read_steps
-from bench.tables import REFERENCE, TableRow, table_rows
+from bench.tables import REFERENCE
 from bench.telemetry import cells
-from bench.validity import COUNTS, SCORE, SPEED
+from bench.validity import SPEED
 
 
-def quality(sources: Sequence[Source], *, paper_figures: bool) -> Section:
-    """Score against speedup, one figure per record and task."""
-    parts: list[Part] = [
-        "Up is better text, right is faster. `ar` stands at 1x by definition; a decoder that keeps "
-        "its text stands level with it. Bars are 95 % intervals. Each figure holds one record and "
-        "one task, so one weights tier. A point that a validity flag spoils says so: it is shown "
-        "and not compared."
-    ]
-    for source in sources:
-        if source.scored:
-            rows, flags = table_rows(source.record), validity.flags_of(source.record)
-            for task in source.record.header.problems:
-                mine = [row for row in rows if row.task == task and row.score is not None]
-                if any(row.speedup is not None for row in mine):
-                    parts.append(_quality(source, task, mine, validity.Marks(flags)))
-    if len(parts) == 1:
-        parts.append("No record here holds both a score and a speedup.")
-    if paper_figures:
-        parts.append(paper_figure("figure4", "Figure 4", sources))
-    return Section(id="quality", title="Quality against speed", parts=parts)
-
-
-def _quality(source: Source, task: str, rows: Sequence[TableRow], marks: validity.Marks) -> Figure:
-    series, body = [], []
-    for row in rows:
-        speed = 1.0 if row.decoder == REFERENCE else row.speedup
-        if speed is None or row.score is None:
-            continue
-        score, bounds = 100 * row.score, _times(row.score_low, row.score_high, 100)
-        spread = _times(row.speedup_low, row.speedup_high, 1)
-        mine, both = [(row.decoder, task)], [(row.decoder, task), (REFERENCE, task)]
-        if row.decoder == REFERENCE:
-            both = []  # 1x by definition
-        spoiled = validity.spoilers((SCORE,), mine, marks.flags)
-        spoiled += validity.spoilers((SPEED, COUNTS), both, marks.flags)
-        label = "flagged" if spoiled else ""
-        point = Point(x=speed, y=score, x_range=spread, y_range=bounds, label=label)
-        series.append(Series(name=row.decoder, points=[point]))
-        scored = f"{score:.1f}" + (f" [{bounds[0]:.1f}, {bounds[1]:.1f}]" if bounds else "")
-        faster = f"{speed:.2f}x" + (f" [{spread[0]:.2f}, {spread[1]:.2f}]" if spread else "")
-        body.append(
-            (
-                row.decoder,
-                marks.mark(scored, (SCORE,), *mine),
-                marks.mark(faster, (SPEED, COUNTS), *both),
-                str(row.n),
-            )
-        )
-    caption = f"Score against speedup over ar: {task}, {source.record.name}"
-    return Figure(
-        caption=f"{caption}. {source.record.header.weights['name']}, {source.tier} tier.",
-        svg=points(series, x="speedup over ar", y="score, %", alt=caption),
-        numbers=_noted(table(("decoder", "score %", "speedup", "n"), body), marks),
-    )
-
-
-def _noted(numbers: str, marks: validity.Marks) -> str:
-    """A figure's table with the notes of the letters on its numbers."""
-    return "\n\n".join([numbers, *(["\n".join(lettered(marks))] if lettered(marks) else [])])
-
-
-def _times(low: float | None, high: float | None, scale: float) -> tuple[float, float] | None:
-    return None if low is None or high is None else (scale * low, scale * high)
-
-
-def widths(sources: Sequence[Source], curves: Sequence[Path], *, paper_figures: bool) -> Section:
+def widths(sources: Sequence[Source], curves: Sequence[Path], ours: Ours | None) -> Section:
     """Step time over query width: operating points, and the curve where a record holds one."""
     parts: list[Part] = [
         "A wider forward carries more query tokens: `ar` sends 1, dense `tidar` K(K+1). Where the "
@@ -98,8 +32,8 @@ def widths(sources: Sequence[Source], curves: Sequence[Path], *, paper_figures: 
             parts.append(figure)
     for folder in curves:
         parts += _width_record(folder)
-    if paper_figures:
-        parts.append(paper_figure("figure1", "Figure 1", sources))
+    if ours is not None:
+        parts.append(paper_figure("figure1", ours))
     return Section(id="widths", title="Step time by query width", parts=parts)
 
 
@@ -112,7 +46,7 @@ def _widths(source: Source) -> Figure | None:
         return None
     caption = f"Step time by query width, {record.name}"
     where = header.environment.get("gpu") or header.environment.get("cpu")
-    numbers = _noted(table(("decoder", "query width", "ms per step", "AR steps"), rows), marks)
+    numbers = noted(table(("decoder", "query width", "ms per step", "AR steps"), rows), marks)
     if curve_rows:
         numbers += "\n\nTable: width curve\n\n" + table(("KV length", "width", "ms"), curve_rows)
     missing = "" if curves else " The record holds no width curve, only the operating points."
@@ -257,29 +191,3 @@ def _telemetry(source: Source) -> str:
         return f"Not measured: {why or 'no telemetry was recorded with this run'}."
     notes = "\n".join(lettered(marks))
     return f"{table(cells.HEAD, body)}\n\n{notes}\n\n{cells.remarks(run)}"
-
-
-def paper_figure(name: str, source: str, sources: Sequence[Source]) -> Figure:
-    """One of the paper's figures with ours beside, as `bench figures` draws it."""
-    from bench import figures
-    from bench.claims import load_claims
-    from bench.figures.style import save
-
-    out = io.BytesIO()
-    save(figures.draw(name, figures.gather([s.folder for s in sources])), out, "svg")
-    drawn = base64.b64encode(out.getvalue()).decode()
-    caption = f"The paper's {source}, with ours where these records hold the quantity"
-    body = [
-        (c.system, c.task, c.setting.replace(";", " "), c.metric, f"{c.value:g} {c.unit}")
-        for c in load_claims()
-        if c.source == source
-    ]
-    head = ("system", "task", "setting", "metric", "paper")
-    return Figure(
-        caption=f"{caption}. The paper's points are listed below, ours in the tables of this page.",
-        # An image and not inline: the identifiers of two drawings must not meet.
-        svg=f'<div class="scroll" tabindex="0" role="region" aria-label="{source}">'
-        f'<img class="paper" alt="{escape(caption)}"'
-        f' src="data:image/svg+xml;base64,{drawn}"></div>',
-        numbers=table(head, body),
-    )
