@@ -44,6 +44,7 @@ def text(name: str, notes: dict[str, Any], log: list[dict[str, Any]]) -> str:
         f" {notes['training_s'] / 60:.0f} minutes on {machine.get('gpu') or machine['cpu']}"
         f" ({machine['threads']} threads), torch {machine['versions']['torch']},"
         f" `{json.dumps(recipe['train'])}`.",
+        *_arithmetic(notes, log),
         f"- Command: `python -m bench {notes['command']}`.",
         "",
         "## Documents",
@@ -91,7 +92,50 @@ def _what(notes: dict[str, Any]) -> str:
             f" at the inputs of layers {', '.join(map(str, notes['taps']))}; output rows started"
             " as the target's."
         )
+    if notes["recipe"]["adapter"] is None:
+        return _difference(notes)
     return (
         f"- Adapter: rank {notes['recipe']['adapter']['rank']}, {PLACEMENT[notes['placement']]}."
         f" Mask token id {notes['mask_token_id']}; its embedding row is `tidar.mask_embedding`."
     )
+
+
+def _difference(notes: dict[str, Any]) -> str:
+    learned = {
+        "products": "the matrices of every layer and the mask token's embedding row learned",
+        "all": "all parameters learned, and embeddings, norms and biases are not kept:"
+        f" {notes['outside_share']:.1%} of what moved (sum of squares)",
+    }[notes["recipe"]["learn"]]
+    pairs = (("AR", "ar"), ("draft", "draft"))
+    trained, kept = notes["loss_as_trained"], notes["loss_as_stored"]
+    losses = ", ".join(
+        f"{title} {trained[key]:.4f} as trained and {kept[key]:.4f} as kept"
+        for title, key in pairs
+        if trained[key] is not None
+    )
+    return (
+        f"- Full fine-tune ({learned}), kept as a difference of rank {notes['stored_rank']}, which"
+        f" holds {notes['kept_share']:.1%} of the matrices' change (sum of squares);"
+        f" {PLACEMENT['all']}. Losses of {notes['checked_documents']} training documents: {losses}."
+        f" Mask token id {notes['mask_token_id']}; its embedding row is `tidar.mask_embedding`."
+    )
+
+
+def _arithmetic(notes: dict[str, Any], log: list[dict[str, Any]]) -> list[str]:
+    """One line on FLOPs, for runs whose log counts them."""
+    counted = [row for row in log if row.get("flops")]
+    if not counted:
+        return []
+    flops, seconds = (sum(row[key] for row in counted) for key in ("flops", "seconds"))
+    rate, peak = flops / seconds, notes.get("peak")
+    devices = notes.get("ranks", 1)
+    share = (
+        f"MFU {rate / (devices * peak['flops_per_s']):.1%} of {devices} x {peak['device']}"
+        if peak
+        else "no MFU: no 16-bit peak applies to this device and number format"
+    )
+    compiled = ", torch.compile" if notes["recipe"].get("compiled") else ""
+    return [
+        f"- Arithmetic: {flops:.2e} FLOPs needed over {len(counted)} steps,"
+        f" {rate / 1e9:,.1f} GFLOP/s; {share}{compiled}."
+    ]

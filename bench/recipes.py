@@ -29,6 +29,9 @@ class Recipe:
     train are the keyword arguments of the classes of tidar_ref.training. Documents of more than
     max_tokens are left out (counted in the card), plain text is cut. distil: answers of up to
     answer_tokens are written by the weights themselves (greedy) instead of taken from the sources.
+    learn, stored_rank: of a full fine-tune (adapter None): "products" trains what a low-rank
+    difference can hold (the matrices of every layer, the mask token's row), "all" every parameter;
+    the difference to the base is kept at this rank. compiled: torch.compile on all but attention.
     head: a draft head is trained beside the frozen weights instead of an adapter: draft_vocab and
     the keyword arguments of tidar_ref.training.eagle.EagleConfig.
     """
@@ -46,6 +49,9 @@ class Recipe:
     dtype: str = "float32"
     device: str = "auto"
     head: dict[str, Any] | None = None
+    learn: str = "products"
+    stored_rank: int = 64
+    compiled: bool = False
 
 
 CHAINS = (Source(name="gsm8k-chains", count=1_800), Source(name="templates", count=900))
@@ -76,6 +82,13 @@ SMOLLM2_TIDAR_MORE = dataclasses.replace(
     weights="embedded+smollm2-tidar",
     train={**{k: v for k, v in SMOLLM2_TRAIN.items() if k != "steps"}, "minutes": 45, "lr": 1e-3},
     mixture=(Source(name="gsm8k-chains", count=1_800), Source(name="templates", count=5_000)),
+)
+SMOLLM2_FULL = dataclasses.replace(
+    SMOLLM2_TIDAR,
+    name="smollm2-tidar-full",
+    purpose="the joint model by full fine-tuning of all matrices, kept as a low-rank difference",
+    adapter=None,
+    train={**SMOLLM2_TRAIN, "lr": 2e-4},
 )
 SMOLLM2_GATED = dataclasses.replace(
     SMOLLM2_AR,
@@ -223,6 +236,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         SMOLLM2_AR,
         SMOLLM2_TIDAR,
+        SMOLLM2_FULL,
         SMOLLM2_TIDAR_MORE,
         SMOLLM2_GATED,
         SMOLLM2_BLOCK,

@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.recipes import Recipe, Source
+from bench.training_cost import counter, peak_for
 from tidar_ref.errors import UserError
 
 if TYPE_CHECKING:
     from bench.corpora.mixture import Corpus
     from bench.corpora.pairs import Pair
     from tidar_ref.checkpoint import LoadedModel
+    from tidar_ref.training.network import TrainingNetwork
     from tidar_ref.training.trainer import StepLog, Trainer
 
 ADAPTER_EVERY_S = 300.0
 ADAPTER_FOLDER, HEAD_FOLDER = "adapter", "head"
+LEARN = ("products", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,27 +55,28 @@ def train(
 
     from bench import heads
     from tidar_ref import checkpoint
-    from tidar_ref.training.adapters import AdapterConfig
-    from tidar_ref.training.network import TrainingNetwork
     from tidar_ref.training.rows import Objective
-    from tidar_ref.training.trainer import TrainConfig, Trainer, ranked, shard
+    from tidar_ref.training.trainer import Meter, TrainConfig, Trainer, ranked, shard
 
+    if recipe.learn not in LEARN:
+        raise UserError(f"recipe {recipe.name} learns {recipe.learn!r}: use {' or '.join(LEARN)}")
     if threads is not None:
         torch.set_num_threads(threads)
     device = _join_ranks(_device(recipe.device))
     loaded = checkpoint.load(recipe.weights, device=device, dtype=recipe.dtype, prepare=False)
     corpus = _corpus(recipe, loaded, out, data_dir)
     if recipe.head is not None:
+        if recipe.compiled:
+            raise UserError(f"recipe {recipe.name} trains a draft head: leave out --compile")
         network = heads.network(recipe, loaded, corpus.examples)
     else:
-        adapter = AdapterConfig(**recipe.adapter) if recipe.adapter else None
-        network = TrainingNetwork(
-            loaded.model, mask_token_id=loaded.source.mask_token_id, adapters=adapter
-        )
+        network = _network(recipe, loaded)
     if ranked():
         network = shard(network)
     objective, config = Objective(**recipe.objective), TrainConfig(**recipe.train)
-    trainer = Trainer(network, corpus.examples, objective, config, out)
+    count, peak = counter(recipe, loaded.model.config), peak_for(recipe, _gpu(device))
+    meter = Meter(flops=count, peak=peak.flops_per_s if peak else None) if count else None
+    trainer = Trainer(network, corpus.examples, objective, config, out, meter=meter)
     trained = sum(p.numel() for p in network.trained().values())
     say = print if trainer.rank == 0 else _silent
     say(f"recipe: {recipe.name}: {recipe.purpose}")
@@ -91,9 +95,10 @@ def train(
             parts = {"AR": log.ar_loss, "draft": log.diffusion_loss, "right": log.draft_accuracy}
             text = ", ".join(f"{k} {v:.3f}" for k, v in parts.items() if v is not None)
             rate = trainer.progress.tokens / trainer.progress.elapsed_s
-            bar.set_postfix_str(f"step {log.step}, {text}, {rate:.0f} tokens/s")
+            bar.set_postfix_str(f"step {log.step}, {text}, {rate:.0f} tokens/s{_speed(log)}")
             bar.update(round(100 * trainer.spent(), 1) - bar.n)
-            if trainer.progress.elapsed_s - saved[0] > ADAPTER_EVERY_S:
+            full = recipe.adapter is None and recipe.head is None  # kept at the end only
+            if not full and trainer.progress.elapsed_s - saved[0] > ADAPTER_EVERY_S:
                 saved[0] = trainer.progress.elapsed_s
                 _save(recipe, loaded, corpus, trainer, argv)
 
@@ -112,8 +117,6 @@ def finish(out: Path) -> None:
     from bench.figures import style, training
 
     made = [out / name for name in (ADAPTER_FOLDER, HEAD_FOLDER) if (out / name).is_dir()]
-    if not made:
-        return  # a full fine-tune: its weights are in the checkpoint
     (folder,) = made
     shutil.copy(out / "loss.jsonl", folder / "loss.jsonl")
     with style.styled():
@@ -131,6 +134,7 @@ def changed(
     objective: dict[str, Any],
     train: dict[str, Any],
     budget: dict[str, Any],
+    compiled: bool = False,
 ) -> Recipe:
     """The recipe with the options that were given (None: not given); a budget replaces its own."""
     asked = {name: value for name, value in budget.items() if value is not None}
@@ -148,6 +152,7 @@ def changed(
         recipe,
         weights=weights or recipe.weights,
         device=device or recipe.device,
+        compiled=compiled or recipe.compiled,
         objective={**recipe.objective, **aims},
         train={**base, **asked, **given},
     )
@@ -207,18 +212,19 @@ def _save(
     recipe: Recipe, loaded: LoadedModel, corpus: Corpus, trainer: Trainer, argv: Sequence[str]
 ) -> None:
     """Write the adapter or head as it stands, with what made it."""
+    from bench import full_tune, heads
+    from bench.environment import describe, portable
     from tidar_ref.training import adapters
 
-    if trainer.network.adapters is None and recipe.head is None:
-        return
-    from bench import heads
-    from bench.environment import describe, portable
-
-    if recipe.head is None:
+    kept: dict[str, Any] = {}
+    if recipe.head is None and recipe.adapter is None:
+        adapter, kept = full_tune.stored(recipe, trainer)
+    elif recipe.head is None:
         # Sharded parameters are gathered by all ranks together; the first one writes.
         adapter = adapters.adapter_of(trainer.network, mask_token_id=loaded.source.mask_token_id)
     if trainer.rank:
         return
+    peak = peak_for(recipe, _gpu(str(trainer.device)))
     notes = {
         "recipe": dataclasses.asdict(recipe),
         "command": " ".join(portable(word) for word in argv),
@@ -230,6 +236,8 @@ def _save(
         "corpus": corpus.report,
         "environment": describe(trainer.device.type),
         "ranks": trainer.world,
+        "peak": {"device": peak.name, "flops_per_s": peak.flops_per_s} if peak else None,
+        **kept,
         "saved": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if recipe.head is not None:
@@ -238,6 +246,35 @@ def _save(
     folder = trainer.folder / ADAPTER_FOLDER
     base = loaded.source.name.partition(" + ")[0]
     adapters.save(adapter, folder, loaded.model.config, base=base, notes=notes)
+
+
+def _network(recipe: Recipe, loaded: LoadedModel) -> TrainingNetwork:
+    from tidar_ref.training.adapters import AdapterConfig
+    from tidar_ref.training.network import TrainingNetwork
+    from tidar_ref.training.trainer import ranked
+
+    if recipe.compiled and ranked():
+        raise UserError("--compile is not proven on several ranks: leave out --compile or torchrun")
+    return TrainingNetwork(
+        loaded.model,
+        mask_token_id=loaded.source.mask_token_id,
+        adapters=AdapterConfig(**recipe.adapter) if recipe.adapter else None,
+        products_only=recipe.adapter is None and recipe.learn == "products",
+        compiled=recipe.compiled,
+    )
+
+
+def _gpu(device: str) -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+
+
+def _speed(log: StepLog) -> str:
+    """The step's share of the peak, or its FLOP/s where no peak is known."""
+    if log.mfu is not None:
+        return f", MFU {log.mfu:.0%}"
+    return "" if log.flops is None else f", {log.flops / log.seconds / 1e9:.1f} GFLOP/s"
 
 
 def _device(wanted: str) -> str:

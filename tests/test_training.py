@@ -4,6 +4,8 @@ no leak, gradients, resume, learning. Adapters and ranks: test_adapters.py, test
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ import tiny
 import torch
 
 from tidar_ref.errors import UserError
+from tidar_ref.training.adapters import AdapterConfig
 from tidar_ref.training.attention import attention
 from tidar_ref.training.network import TrainingNetwork, objective_loss
 from tidar_ref.training.rows import IGNORE, Example, Objective, Rows, build_rows, visible
-from tidar_ref.training.trainer import LOG_FILE, StepLog, TrainConfig, Trainer
+from tidar_ref.training.trainer import LOG_FILE, Meter, StepLog, TrainConfig, Trainer
 
 MASK = tiny.MASK
 TIDAR3 = Objective(block_lens=(3,), random_offset=False)
@@ -406,3 +409,64 @@ def test_rows_keep_their_meaning_on_another_device() -> None:
     moved = rows.to("cpu")
     assert moved.clean == rows.clean and moved.documents == rows.documents
     assert torch.equal(moved.labels, rows.labels)
+
+
+@pytest.mark.slow  # a C++ compiler at work
+@pytest.mark.parametrize("placement", [None, "all", "mask"])
+def test_compiled_equals_eager(placement: str | None) -> None:
+    """Losses and gradients of batches of several sizes; one set of code serves all layers."""
+    from torch._dynamo.utils import counters
+
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        pytest.skip("no C++ compiler on this machine: torch.compile cannot work on its CPU")
+    config = oracles.tiny_config("qwen3", vocab=16, layers=3)
+    state = oracles.random_state(config, 3)
+    settings = AdapterConfig(rank=3, placement=placement) if placement else None
+    eager, compiled = (
+        TrainingNetwork(
+            tiny.model_of(config, state), mask_token_id=MASK, adapters=settings, compiled=choice
+        )
+        for choice in (False, True)
+    )
+    counters.clear()
+    objective = Objective(block_lens=(3, 4), grids=2)
+    for seed, length in enumerate((6, 9, 14)):
+        rows = rows_of([example(2, length, seed), example(0, 9, seed + 1)], objective, seed)
+        losses = []
+        for network in (eager, compiled):
+            network.zero_grad()
+            sums = network(rows, objective)
+            losses.append(objective_loss(sums, objective, ar_rows=15, diffusion_weight=30.0))
+            losses[-1].backward()
+        torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+        for (name, a), b in zip(eager.trained().items(), compiled.trained().values(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad, atol=1e-5, rtol=1e-4, msg=name)
+    # Before and after attention, and the loss; gated, clean rows have code without gradients.
+    assert counters["stats"]["unique_graphs"] == (5 if placement == "mask" else 3)
+
+
+def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def call(*values: Any) -> Any:
+            raise RuntimeError("no compiler found\nand forty lines more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"does not work here \(no compiler found\): leave it out"):
+        TrainingNetwork(tiny.random_tiny("llama").model, mask_token_id=MASK, compiled=True)
+
+
+def test_a_meter_adds_up_over_micro_batches(tmp_path: Path) -> None:
+    model = tiny.random_tiny("llama")
+    config = TrainConfig(steps=2, batch=4, micro_batch=2)
+    meter = Meter(flops=lambda rows: 10.0 * rows.count, peak=1e6)
+    trainer = Trainer(
+        network_of(model), [example(2, 6, s) for s in range(4)], TIDAR3, config, tmp_path,
+        meter=meter,
+    )  # fmt: skip
+    log = trainer.step()
+    assert log.flops == 10 * log.rows
+    assert log.mfu == pytest.approx(log.flops / log.seconds / 1e6)
+    trainer.meter = Meter(flops=meter.flops)
+    assert trainer.step().mfu is None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +84,8 @@ class LowRank(nn.Module):
 
 def adapter_of(network: nn.Module, *, mask_token_id: int) -> Adapter:
     """The adapter a TrainingNetwork has learned (float32, on the CPU)."""
-
-    def whole(value: Tensor) -> Tensor:
-        value = value.detach()
-        gathered = value.full_tensor() if hasattr(value, "full_tensor") else value
-        return gathered.cpu().clone()
-
     factors = {
-        f"layers.{index}.{name}": (whole(part.a), whole(part.b))
+        f"layers.{index}.{name}": (_whole(part.a).cpu().clone(), _whole(part.b).cpu().clone())
         for index, layer in enumerate(network.layers)
         for name, part in layer.low_rank.items()
     }
@@ -99,8 +93,30 @@ def adapter_of(network: nn.Module, *, mask_token_id: int) -> Adapter:
         config=network.adapters,
         mask_token_id=mask_token_id,
         factors=factors,
-        mask_embedding=whole(network.mask_embedding),
+        mask_embedding=_whole(network.mask_embedding).cpu().clone(),
     )
+
+
+def tuned_state(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a TrainingNetwork without adapters under the backbone's names.
+
+    Where the mask token's row is a parameter of its own, it is put into the table.
+    """
+    tuned = {}
+    for name, value in network.named_parameters():
+        tuned[name.replace(".base.", ".")] = _whole(value)
+    row = tuned.pop("mask_embedding", None)
+    if row is not None:
+        table = tuned["embed.weight"].clone()
+        table[network.mask_token_id] = row.to(table)
+        tuned["embed.weight"] = table
+    return tuned
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A parameter's values, gathered where it is sharded (of several ranks all must call)."""
+    value = value.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 @torch.no_grad()
@@ -134,17 +150,18 @@ def difference(
 ) -> tuple[Adapter, float]:
     """A full fine-tune as the best rank-r difference to its base, and the share of it captured.
 
-    base, tuned: state dicts. The share is captured energy (sum of squares) over all products; norms
-    and embeddings are not stored, so train with them frozen or accept the loss (it is in the card).
+    base, tuned: state dicts. The share is captured energy (sum of squares) over all products.
+    Norms, biases and embeddings but for the mask token's row are not stored: train with them frozen
+    (`products_only`), or see `outside_share`.
     """
     config = AdapterConfig(rank=rank, alpha=float(rank), placement="all")
     factors, kept, whole = {}, 0.0, 0.0
     for name in base:
-        product = name.removesuffix(".weight")
-        if not name.endswith(".weight") or product.rpartition(".")[2] not in PRODUCTS:
+        if not _is_product(name):
             continue
-        delta = (tuned[name].float() - base[name].float()).cpu()
-        u, s, v = torch.linalg.svd(delta, full_matrices=False)
+        product = name.removesuffix(".weight")
+        delta = tuned[name].float() - base[name].float()
+        u, s, v = (part.cpu() for part in torch.linalg.svd(delta, full_matrices=False))
         r = min(rank, s.shape[0])
         root = s[:r].sqrt()
         a, b = torch.zeros(rank, delta.shape[1]), torch.zeros(delta.shape[0], rank)
@@ -156,6 +173,38 @@ def difference(
         config=config, mask_token_id=mask_token_id, factors=factors, mask_embedding=row
     )
     return adapter, kept / whole if whole else 1.0
+
+
+@torch.no_grad()
+def outside_share(
+    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], *, mask_token_id: int
+) -> float:
+    """Share of a fine-tune's energy in what `difference` cannot hold, 0 to 1."""
+    outside = whole = 0.0
+    for name, value in tuned.items():
+        delta = value.float() - base[name].float()
+        if name == "embed.weight":
+            delta[mask_token_id] = 0.0
+        energy = float((delta**2).sum())
+        whole += energy
+        outside += 0.0 if _is_product(name) else energy
+    return outside / whole if whole else 0.0
+
+
+def rounded(adapter: Adapter) -> Adapter:
+    """The adapter as its file holds it: factors in bfloat16."""
+    return replace(
+        adapter,
+        factors={
+            name: (a.to(torch.bfloat16).float(), b.to(torch.bfloat16).float())
+            for name, (a, b) in adapter.factors.items()
+        },
+    )
+
+
+def _is_product(name: str) -> bool:
+    product, _, kind = name.rpartition(".")
+    return kind == "weight" and product.rpartition(".")[2] in PRODUCTS
 
 
 def save(

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tidar_ref.errors import UserError
 from tidar_ref.model import Layer, Transformer, rotate
-from tidar_ref.training.adapters import AdapterConfig, LowRank
+from tidar_ref.training.adapters import PRODUCTS, AdapterConfig, LowRank
 from tidar_ref.training.attention import Attend, attention
 from tidar_ref.training.rows import IGNORE, Objective, Rows
 
@@ -41,9 +43,11 @@ class Losses:
 class TrainingNetwork(nn.Module):
     """A Transformer's layers behind a packed, differentiable forward.
 
-    adapters None: all parameters of the model train. Otherwise only low-rank matrices and, for the
-    mask token, one embedding row do. recompute: drop activations layer by layer and compute them
-    again in the backward pass (gradient checkpointing).
+    adapters None: all parameters of the model train, or with products_only the four matrix products
+    of every layer and, for the mask token, one embedding row: what a stored difference can hold.
+    With adapters only low-rank matrices and that row do. recompute: drop activations layer by layer
+    and compute them again in the backward pass (gradient checkpointing). compiled: torch.compile on
+    everything but attention; the same results within float noise.
     """
 
     def __init__(
@@ -52,14 +56,16 @@ class TrainingNetwork(nn.Module):
         *,
         mask_token_id: int,
         adapters: AdapterConfig | None = None,
+        products_only: bool = False,
         recompute: bool = False,
+        compiled: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.config, self.adapters, self.recompute = model.config, adapters, recompute
         self.mask_token_id = mask_token_id
         self.gated = adapters is not None and adapters.placement == "mask"
-        model.requires_grad_(adapters is None)
+        model.requires_grad_(adapters is None and not products_only)
         generator = torch.Generator().manual_seed(seed)
         self.embed, self.norm = model.embed, model.norm
         self.lm_head = None if model.config.tied_embeddings else model.lm_head
@@ -67,11 +73,21 @@ class TrainingNetwork(nn.Module):
             TrainingLayer(layer, adapters, generator) for layer in model.layers
         )
         self.mask_embedding: nn.Parameter | None = None
-        if adapters is not None:
+        if products_only and adapters is None:
+            for layer in model.layers:
+                for name in PRODUCTS:
+                    getattr(layer, name).weight.requires_grad_()
+        if adapters is not None or products_only:
             row = model.embed.weight.data[mask_token_id].float().clone()
             self.mask_embedding = nn.Parameter(row)
         self.register_buffer("cos", model.cos, persistent=False)
         self.register_buffer("sin", model.sin, persistent=False)
+        self._cross_entropy = _cross_entropy
+        if compiled:
+            check_compiler(model.device)
+            self._cross_entropy = _compiled(_cross_entropy)
+            for layer in self.layers:
+                layer.compile_products()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name."""
@@ -124,10 +140,10 @@ class TrainingNetwork(nn.Module):
             for chunk in (index,) if keep else index.split(HEAD_ROWS):
                 inputs = (hidden[chunk], table, rows.labels[chunk], rows.weights[chunk])
                 if keep:
-                    loss, right = _cross_entropy(*inputs, self.mask_token_id)
+                    loss, right = self._cross_entropy(*inputs, self.mask_token_id)
                 else:
                     loss, right = checkpoint(
-                        _cross_entropy, *inputs, self.mask_token_id, use_reentrant=False
+                        self._cross_entropy, *inputs, self.mask_token_id, use_reentrant=False
                     )
                 sums[kind] = sums[kind] + loss
                 hits += int(right) if kind else 0
@@ -146,10 +162,13 @@ class TrainingLayer(nn.Module):
             {}
             if adapters is None
             else {
-                name: LowRank(getattr(layer, name).weight, adapters, generator)
-                for name in ("qkv", "o", "gate_up", "down")
+                name: LowRank(getattr(layer, name).weight, adapters, generator) for name in PRODUCTS
             }
         )
+
+    def compile_products(self) -> None:
+        """Compile what comes before attention and what comes after it, for any number of rows."""
+        self._project, self._finish = _compiled(self._project), _compiled(self._finish)
 
     def forward(
         self, hidden: Tensor | tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, attend: Attend
@@ -219,3 +238,22 @@ def _cross_entropy(
     logits[:, mask_token_id] = float("-inf")
     loss = F.cross_entropy(logits, labels, reduction="none")
     return (loss * weights).sum(), (logits.detach().argmax(dim=-1) == labels).sum()
+
+
+def check_compiler(device: torch.device) -> None:
+    """UserError if torch.compile cannot make code for `device` (no C++ compiler, no Triton)."""
+
+    def probe(x: Tensor) -> Tensor:
+        return (x * x).sum()
+
+    try:
+        x = torch.ones(3, device=device, requires_grad=True)
+        _compiled(probe)(x).backward()
+    except Exception as error:  # whatever the compiler behind it raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"torch.compile does not work here ({reason}): leave it out") from error
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # fullgraph: what cannot be compiled, or again and again, is an error instead of slow.
+    return torch.compile(function, dynamic=True, fullgraph=True)

@@ -67,7 +67,8 @@ class StepLog:
     """One optimiser step. Losses are means over targets (nats); None if the term has no target.
 
     draft_accuracy: share of drafts guessed right (mask rows; of a draft head its first unroll).
-    tokens: clean tokens seen so far.
+    tokens: clean tokens seen so far. flops: what the step needed (count), mfu: its share of the
+    devices' peak (0 to 1); None where the trainer was told no way to count, or no peak.
     """
 
     step: int
@@ -79,6 +80,17 @@ class StepLog:
     tokens: int
     rows: int
     seconds: float
+    flops: float | None = None
+    mfu: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meter:
+    """How arithmetic is counted: FLOPs of a packed forward with its backward, and one device's peak
+    in FLOP/s (None: not known)."""
+
+    flops: Callable[[Rows], float]
+    peak: float | None = None
 
 
 @dataclass
@@ -93,7 +105,7 @@ class Progress:
 class Trainer:
     """Trains a network on examples until the budget is spent, or a signal asks to stop.
 
-    folder: state.pt (all that resuming needs) and loss.jsonl (one line a step).
+    folder: state.pt (all that resuming needs) and loss.jsonl (one line a step). meter: count FLOPs.
     """
 
     def __init__(
@@ -103,6 +115,8 @@ class Trainer:
         objective: Objective,
         config: TrainConfig,
         folder: Path,
+        *,
+        meter: Meter | None = None,
     ) -> None:
         if not examples:
             raise UserError("no training example is left: check the data sources of the recipe")
@@ -111,7 +125,7 @@ class Trainer:
             raise UserError(f"batch {config.batch} does not split over {self.world} ranks evenly")
         self.network, self.examples = network, examples
         self.objective, self.config, self.folder = objective, config, folder
-        self.device = network.embed.weight.device
+        self.device, self.meter = network.embed.weight.device, meter
         parameters = list(network.trained().values())
         self.optimizer = torch.optim.AdamW(
             parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
@@ -189,8 +203,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         parts = list(self._micro_batches())
-        # One all-reduce for the whole batch's targets, weight of the mask targets, tokens and rows.
-        *counts, weight = self._summed([_counts(rows) for rows in parts])
+        # One all-reduce: the batch's targets, tokens, rows, weight of the mask targets, FLOPs.
+        *counts, weight, flops = self._summed([self._counts(rows) for rows in parts])
         ar_rows, diffusion_rows, tokens, row_count = (int(value) for value in counts)
         if self.objective.kind == "eagle3":  # its drafts learn the labels of the clean rows
             ar_rows, diffusion_rows, weight = 0, ar_rows, float(ar_rows)
@@ -227,6 +241,12 @@ class Trainer:
             tokens=progress.tokens,
             rows=row_count,
             seconds=seconds,
+            flops=flops if self.meter else None,
+            mfu=(
+                flops / (seconds * self.world * self.meter.peak)
+                if self.meter and self.meter.peak
+                else None
+            ),
         )
 
     def spent(self) -> float:
@@ -281,6 +301,15 @@ class Trainer:
     def _finished(self) -> bool:
         return self.spent() >= 1.0
 
+    def _counts(self, rows: Rows) -> Tensor:
+        wanted = rows.labels != IGNORE
+        ar = int(wanted[: rows.clean].sum())
+        masks = wanted[rows.clean :]
+        weight = float(rows.weights[rows.clean :][masks].sum())
+        flops = self.meter.flops(rows) if self.meter else 0.0
+        counts = [ar, int(masks.sum()), rows.clean, rows.count, weight, flops]
+        return torch.tensor(counts, dtype=torch.float64)
+
     def _summed(self, parts: Sequence[Tensor]) -> list[float]:
         total = torch.stack(list(parts)).sum(0)
         if self.world > 1:
@@ -326,14 +355,6 @@ def shard(network: TrainingNetwork) -> TrainingNetwork:
         fully_shard(layer)
     fully_shard(network)
     return network
-
-
-def _counts(rows: Rows) -> Tensor:
-    wanted = rows.labels != IGNORE
-    ar = int(wanted[: rows.clean].sum())
-    masks = wanted[rows.clean :]
-    weight = float(rows.weights[rows.clean :][masks].sum())
-    return torch.tensor([ar, int(masks.sum()), rows.clean, rows.count, weight], dtype=torch.float64)
 
 
 def _local(parameter: Tensor) -> Tensor:
