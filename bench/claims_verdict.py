@@ -189,7 +189,8 @@ def _best(items: Sequence[Observed]) -> Observed:
 def _compared(claim: Claim, item: Observed) -> Judged:
     gap = item.value - claim.value
     near = abs(gap) <= claim.tolerance
-    reason = f"within {claim.tolerance:g} {claim.unit}" if near else f"off by {gap:+.3g}"
+    within = f"within {claim.tolerance:g} {claim.unit}" if claim.tolerance else "exactly"
+    reason = within if near else f"off by {gap:+.3g}"
     return _judged(claim, REPRODUCED if near else OFF, item, difference=gap, reason=reason)
 
 

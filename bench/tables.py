@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -40,7 +41,9 @@ def weights_label(weights: Mapping[str, Any]) -> str:
     """The tier in words, and whether anything was trained for TiDAR on top (a header's weights)."""
     label = TIER_LABELS[weights["tier"]]
     if adapters := weights.get("adapters"):
-        return f"{label}; with adapters trained by this project: {'; '.join(adapters)}"
+        # Twelve digits tell them apart; the header and the report's Environment have all.
+        names = re.sub(r"(?<=sha256 )([0-9a-f]{12})[0-9a-f]+", r"\1", "; ".join(adapters))
+        return f"{label}; with adapters trained by this project: {names}"
     return f"{label}; {NOT_TRAINED}" if weights["tier"] in ("embedded", "small") else label
 
 
@@ -253,7 +256,13 @@ def _heading(record: RunRecord) -> str:
         + ("; fixed length, not scored" if header.profile["stopping"] == "fixed" else ""),
     ]
     for task, data in header.data.items():
-        origin = "**our own problems, not a benchmark**" if data["ours"] else data["path"]
+        origin = data["path"]
+        if data["ours"]:
+            origin = (
+                "**our own problems, not a benchmark**"
+                if data["kind"] == "own"
+                else f"{origin}, **asked and graded our own way: not the benchmark of that name**"
+            )
         lines.append(f"- {task}: {len(header.problems[task])} problems, {data['kind']}: {origin}")
     if done < planned:
         lines.append(f"- **unfinished: {done} of {planned} generations**")

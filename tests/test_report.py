@@ -365,6 +365,24 @@ def test_the_twin_says_the_same(report: tuple[str, str, Path]) -> None:
         assert word in markdown and word in html
 
 
+def test_what_records_share_is_said_once(report: tuple[str, str, Path], record: Path) -> None:
+    """Environment: shared facts in one table, the rest by record, nothing lost; one record alone
+    has no shared table. Records that nobody watched share one sentence."""
+    _, markdown, _ = report
+    text = markdown.split("\n## Environment")[1].split("\n## ")[0]
+    titles = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert titles == ["The same in all records", "made_record", "random_record"]
+    shared, mine, other = text.split("### ")[1:]
+    assert "| version of torch | 2.13 |" in shared and "weights tier" not in shared
+    assert "| weights tier | embedded |" in mine and "| weights tier | random |" in other
+    alone = next(section for section in lean(record) if section.id == "environment")
+    [whole] = alone.parts
+    assert set(re.findall(r"^\| ([\w ]+) \|", whole, re.MULTILINE)) == set(
+        re.findall(r"^\| ([\w ]+) \|", shared + mine, re.MULTILINE)
+    )
+    assert "### made_record, random_record\n\nNot measured: no telemetry" in markdown
+
+
 def test_claims_are_judged_against_these_records_only(record: Path) -> None:
     from bench.claims import load_claims
 

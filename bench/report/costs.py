@@ -176,8 +176,10 @@ def utilisation(sources: Sequence[Source]) -> Section:
         "Utilisation says how busy a device was, not how well it was used; energy covers the whole "
         "device, with nothing subtracted."
     ]
+    said: dict[str, list[str]] = {}
     for source in sources:
-        parts.append(f"### {source.record.name}\n\n{_telemetry(source)}")
+        said.setdefault(_telemetry(source), []).append(source.record.name)
+    parts += [f"### {', '.join(names)}\n\n{text}" for text, names in said.items()]
     return Section(id="utilisation", title="Utilisation and energy", parts=parts)
 
 

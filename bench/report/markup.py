@@ -183,8 +183,8 @@ def _table(lines: list[str], caption: str) -> str:
 
 
 def _breakable(cell: str) -> str:
-    """A cell in which long labels (`tidar:block_len=4,beta=1`, a_b_c) may break at their marks."""
-    return re.sub(r"(?<=\w)([,:_/])(?=\w)(?![^<]*>)", r"\1<wbr>", inline(cell))
+    """A cell in which long labels (`tidar:block_len=4,beta=1`) may break at their marks."""
+    return re.sub(r"(?<=\w)([,:/])(?=\w)(?![^<]*>)", r"\1<wbr>", inline(cell))
 
 
 def part_html(part: Part, *, title: str) -> str:

@@ -10,6 +10,7 @@ from bench import figures
 from bench.claims import load_claims
 from bench.report.markup import CAPTION, Figure, table
 
+PIXELS_PER_INCH = 76  # a figure's letters about as large as the page's small ones
 TITLES = {
     "figure1": "what a forward costs, by its token slots",
     "figure4": "quality against relative decode speed",
@@ -25,8 +26,9 @@ def paper_figure(name: str, ours: figures.Ours) -> Figure:
     """
     from bench.figures.style import save
 
-    out = io.BytesIO()
-    save(figures.draw(name, ours), out, "svg")
+    out, made = io.BytesIO(), figures.draw(name, ours)
+    save(made, out, "svg")
+    width = PIXELS_PER_INCH * made.get_figwidth()
     drawn = base64.b64encode(out.getvalue()).decode()
     source = f"Figure {name.removeprefix('figure')}"
     spots = figures.spots(name, ours)
@@ -40,7 +42,7 @@ def paper_figure(name: str, ours: figures.Ours) -> Figure:
         caption=f"{caption}. {said}",
         # An image and not inline: the identifiers of two drawings must not meet.
         svg=f'<div class="scroll" tabindex="0" role="region" aria-label="{source}">'
-        f'<img class="paper" alt="{escape(caption)}"'
+        f'<img class="paper" alt="{escape(caption)}" width="{width:.0f}"'
         f' src="data:image/svg+xml;base64,{drawn}"></div>',
         numbers=numbers,
     )

@@ -64,8 +64,8 @@ def _limits(source: Source) -> list[str]:
 
 
 def environment(sources: Sequence[Source]) -> Section:
-    """Where it ran: one table per record, and the data with checksums."""
-    parts = []
+    """Where it ran: what all records share, then what is each one's own; data with checksums."""
+    facts: dict[str, dict[str, str]] = {}
     for source in sources:
         header = source.record.header
         env, weights = header.environment, header.weights
@@ -74,6 +74,7 @@ def environment(sources: Sequence[Source]) -> Section:
         pairs += [
             (f"weights {n}", weights.get(n)) for n in ("name", "tier", "origin", "sha256", "dtype")
         ]
+        pairs.append(("adapters", "; ".join(weights.get("adapters") or ()) or None))
         pairs += [
             ("commit", f"{header.commit}{' with local changes' if header.dirty else ''}"),
             ("recorded", header.created),
@@ -84,9 +85,28 @@ def environment(sources: Sequence[Source]) -> Section:
             pairs.append(
                 (f"data of {task}", f"{data['kind']}: {data['path']}, sha256 {data['sha256']}")
             )
-        body = [(name, "none, or not known" if v is None else str(v)) for name, v in pairs]
-        parts.append(f"### {source.record.name}\n\n{table(('what', 'value'), body)}")
-    return Section(id="environment", title="Environment", parts=parts)
+        facts[source.record.name] = {
+            name: "none, or not known" if value is None else str(value) for name, value in pairs
+        }
+    first, *others = facts.values()
+    shared = {
+        name: value
+        for name, value in first.items()
+        if others and all(other.get(name) == value for other in others)
+    }
+    groups = {"The same in all records": shared} if shared else {}
+    groups |= {
+        record: {name: value for name, value in found.items() if name not in shared}
+        for record, found in facts.items()
+    }
+    return Section(
+        id="environment",
+        title="Environment",
+        parts=[
+            f"### {title}\n\n{table(('what', 'value'), list(found.items()))}"
+            for title, found in groups.items()
+        ],
+    )
 
 
 def reproduce(sources: Sequence[Source], curves: Sequence[Path]) -> Section:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.report.markup import Section
+from bench.report.markup import Folded, Part, Section
 from bench.report.source import Source
 from bench.tables import to_markdown
+
+LONG = ("Every score",)  # closed until asked for
 
 
 def results(sources: Sequence[Source]) -> Section:
@@ -14,15 +16,9 @@ def results(sources: Sequence[Source]) -> Section:
     return Section(
         id="results",
         title="Results",
-        parts=[_tables(source) for source in sources if source.scored]
+        parts=[part for source in sources if source.scored for part in _tables(source)]
         or ["No record here has weights whose scores and counts mean anything."],
     )
-
-
-def _tables(source: Source) -> str:
-    """The record's page of tables, less the device's, which has a section of its own."""
-    chunks = to_markdown(source.record).split("\n## ")
-    return "\n## ".join(chunk for chunk in chunks if not chunk.startswith("Device\n"))
 
 
 def step_costs(sources: Sequence[Source]) -> Section | None:
@@ -37,5 +33,18 @@ def step_costs(sources: Sequence[Source]) -> Section | None:
     return Section(
         id="step-costs",
         title="Step costs on random weights",
-        parts=[say, *map(_tables, random)],
+        parts=[say, *(part for source in random for part in _tables(source))],
     )
+
+
+def _tables(source: Source) -> list[Part]:
+    """The record's page of tables, less the device's, which has a section of its own."""
+    shown, folded = [], []
+    for chunk in to_markdown(source.record).split("\n## "):
+        title, _, text = chunk.partition("\n")
+        if title in LONG:
+            name = f"{title}, {source.record.name}"
+            folded.append(Folded(title=name, markdown=text.strip()))
+        elif title != "Device":
+            shown.append(chunk)
+    return ["\n## ".join(shown), *folded]
