@@ -1,7 +1,8 @@
 """`bench autotune`: which K and which outcomes would be fastest on a record's machine and weights.
 
-Acceptance comes from the record's dense TiDAR run, seconds from a width curve; the model is in
-`bench.prediction`. Predictions stand beside what the record measured, where it did. No torch.
+Acceptance comes from the record's dense TiDAR run, seconds from a width curve: a record of `bench
+slots`, a CSV file, or the run's own step times; the model is in `bench.prediction`. Predictions
+stand beside what was measured, where it was. No torch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from bench import metrics
 from bench.prediction import Prediction, WidthCurve, hazards, predict, search
 from bench.records import Measurement
+from bench.slots.tuning import Widths, beside_steps, read_tuning
 from bench.store import RunRecord, read_record, read_steps
 from tidar_ref.errors import UserError
 
@@ -57,15 +59,31 @@ def report(
     decoder: str | None = None,
     task: str | None = None,
     top: int = 10,
+    kv_len: int | None = None,
+    job: str | None = None,
 ) -> str:
     """Markdown: what to run on the machine and weights of a record, and predictions beside
-    what the record measured. UserError if the record has no dense run to learn from."""
+    what the record measured. UserError if the record has no dense run to learn from.
+
+    widths: a CSV file, or the folder of a width record, of which `job` and `kv_len` choose the
+    curve (default: the one that fits the run, at the run's mean KV length).
+    """
     record = read_record(folder)
     label = decoder or _widest(record)
     rows = _rows(record, label, task)
     params = record.header.decoders[label]["params"]
     c = hazards(metrics.acceptance_histogram(rows), params["block_len"])
-    curve = read_widths(widths) if widths else own_widths(record, _widths_of(folder, record))
+    if (kv_len or job) and not (widths and widths.is_dir()):
+        raise UserError("--kv and --job choose a curve of a width record: add --widths FOLDER")
+    measured = None
+    if widths is None:
+        curve = own_widths(record, _widths_of(folder, record))
+    elif widths.is_dir():
+        near = _mean_kv(folder, label, task) if kv_len is None else kv_len
+        measured = read_tuning(widths, record.header, kv_len=near, job=job)
+        curve = measured.curve
+    else:
+        curve = read_widths(widths)
     found = search(c, curve, beta=params.get("beta", 1.0))
     base = next(p for p in found if p.decoder == "ar")
     return "\n".join(
@@ -74,6 +92,7 @@ def report(
             "",
             f"Acceptance: {label} on {task or 'all tasks'}, {len(rows)} outputs. "
             f"Width curve: {curve.source}, {curve.widths[0]} to {curve.widths[-1]} tokens.",
+            *_not_comparable(measured),
             "",
             "| right given right before it, slot | " + " | ".join(map(str, range(1, len(c) + 1))),
             "| --- |" + " --- |" * len(c),
@@ -91,8 +110,40 @@ def report(
             "| --- | --- | --- | --- | --- | --- | --- |",
             *_beside(record, task, c, curve, base),
             "",
+            *_measured_steps(measured, c),
         ]
     )
+
+
+def _mean_kv(folder: Path, label: str, task: str | None) -> float:
+    """Mean KV length that a decoder's decode steps read (tokens)."""
+    lengths = [
+        step.kv_len
+        for step in read_steps(folder)
+        if step.index and step.decoder == label and task in (None, step.task)
+    ]
+    return sum(lengths) / len(lengths)
+
+
+def _not_comparable(measured: Widths | None) -> list[str]:
+    if measured is None or not measured.differs:
+        return []
+    words = "; ".join(measured.differs)
+    return ["", f"The curve is of something else than the run, so seconds differ ({words})."]
+
+
+def _measured_steps(measured: Widths | None, c: tuple[float, ...]) -> list[str]:
+    if measured is None or not measured.steps:
+        return []
+    return [
+        f"Predicted beside the steps measured in the width record ({measured.job}, "
+        f"{measured.kv_len} cached tokens):",
+        "",
+        "| decoder | ms/step | measured | tokens/s | with measured step |",
+        "| --- | --- | --- | --- | --- |",
+        *beside_steps(measured, c),
+        "",
+    ]
 
 
 def _widest(record: RunRecord) -> str:

@@ -3,7 +3,8 @@
 The model, all of it:
 
 - Step cost. A step of w query tokens costs T(w) seconds, read off the curve (linear between the
-  measured widths, nothing beyond them). A two-forward step costs 2 T(K), an `ar` step T(1).
+  measured widths, nothing beyond them). A two-forward step costs 2 T(K), an `ar` step T(1). Where
+  the curve holds the LM head apart, its seconds for the rows a step sends through it are added.
 - Acceptance. Slot m of a drafted block is right with probability c_m, given that the tokens before
   it were; independent of everything else, and the same for every K, whether or not a shorter
   outcome's block serves as the draft. c_m comes from the acceptance histogram of a dense run:
@@ -49,9 +50,14 @@ class Prediction:
 
 
 class WidthCurve:
-    """Seconds of one forward by query width (tokens); `source` says where they come from."""
+    """Seconds of one forward by query width (tokens); `source` says where they come from.
 
-    def __init__(self, seconds: Mapping[int, float], source: str) -> None:
+    head: seconds of the LM head by rows, which `seconds` then do not include.
+    """
+
+    def __init__(
+        self, seconds: Mapping[int, float], source: str, *, head: Mapping[int, float] | None = None
+    ) -> None:
         if not seconds or min(seconds) < 1 or min(seconds.values()) <= 0:
             raise UserError(
                 f"width curve {source} holds no widths from 1 with seconds above 0: measure one"
@@ -59,6 +65,7 @@ class WidthCurve:
         self.widths = sorted(seconds)
         self.seconds = [seconds[width] for width in self.widths]
         self.source = source
+        self.head = dict(sorted(head.items())) if head else None
 
     def covers(self, width: int) -> bool:
         """True if `width` lies between the measured ones."""
@@ -75,6 +82,14 @@ class WidthCurve:
         if self.widths[right] == width:
             return self.seconds[right]
         return float(np.interp(width, self.widths, self.seconds))
+
+    def step(self, widths: Sequence[int], head_rows: Sequence[int]) -> float:
+        """Seconds of forwards of these widths, with the head on these rows, one call each."""
+        seconds = sum(map(self.at, widths))
+        if self.head is None:
+            return seconds
+        known, values = list(self.head), list(self.head.values())
+        return seconds + sum(float(np.interp(rows, known, values)) for rows in head_rows)
 
 
 # --- acceptance --------------------------------------------------------------------------------
@@ -175,7 +190,7 @@ def predict(
             query_width=1,
             forwards_per_step=1,
             tokens_per_step=1.0,
-            step_s=curve.at(1),
+            step_s=curve.step([1], [1]),
         )
     k = params["block_len"]
     if k > len(c) + 1:
@@ -184,12 +199,15 @@ def predict(
                     for key, value in params.items())  # fmt: skip
     every = tuple(range(1, k + 1))
     if name == "tidar_two_forward":
-        outcomes, width, step_s, forwards = every, 2 * k, 2 * curve.at(k), 2
+        outcomes, width, forwards = every, 2 * k, 2
+        step_s = curve.step([k, k], [k, k - 1])
     else:
         chosen = params.get("outcomes")
         outcomes = every if chosen is None else parse_outcomes(chosen, k)
         width, forwards = k * (1 + len(outcomes)), 1
-        step_s = curve.at(width)
+        # Verify K rows, draft K - 1; below beta = 1 the blocks' first slots are mixed in.
+        mixed = [k] if params.get("beta", 1.0) < 1.0 else []
+        step_s = curve.step([width], [k, *mixed, k - 1])
     return Prediction(
         decoder=f"{name}:{text}",
         query_width=width,

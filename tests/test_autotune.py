@@ -27,6 +27,8 @@ from bench.prediction import (
     tokens_per_step,
 )
 from bench.records import to_line
+from bench.slots.plan import Job, Plan
+from bench.slots.record import OK, SlotsHeader, SlotsStore, Visit
 from tidar_ref import tidar
 from tidar_ref.cache import KVCache
 from tidar_ref.decoding import Decoder, generate
@@ -210,10 +212,11 @@ def folder(tmp_path: Path) -> Path:
     label = "tidar:block_len=4,beta=1"
     params = {"block_len": 4, "beta": 1.0}
     header = made_records.header(
+        dtype="bfloat16",
         decoders={
             "ar": {"name": "ar", "params": {}, "lossless": True},
             label: {"name": "tidar", "params": params, "lossless": True},
-        }
+        },
     )
     rows, steps = [], []
     for problem in ("1", "2"):
@@ -272,7 +275,109 @@ def test_records_without_a_dense_run_are_refused(folder: Path, options: dict, wo
         autotune.report(folder, **options)
 
 
-@pytest.mark.parametrize("name", ["bench.autotune", "bench.prediction"])
+@pytest.mark.parametrize("name", ["bench.autotune", "bench.prediction", "bench.slots.tuning"])
 def test_no_torch(name: str) -> None:
     _, foreign = test_house.reached(name)
     assert not foreign & test_house.HEAVY
+
+
+# --- a width record ----------------------------------------------------------------------------
+
+TIDAR4 = "tidar:block_len=4"
+BODY = {1: 0.10, 4: 0.11, 8: 0.12, 20: 0.20}  # seconds of forwards without the head; 0.01 a row
+
+
+@pytest.fixture
+def widths(tmp_path: Path) -> Path:
+    """Two jobs of one sequence, in either number format, at two KV lengths; steps of `ar` and K = 4
+    in the first. Behind 100 tokens everything takes twice as long, in float32 four times."""
+    jobs = tuple(
+        Job(
+            name=dtype, weights="made", kv_lens=(8, 100), widths=tuple(BODY), rounds=2, samples=1,
+            dtype=dtype, decoders=("ar", TIDAR4) if dtype == "bfloat16" else (),
+        )
+        for dtype in ("bfloat16", "float32")
+    )  # fmt: skip
+    header = SlotsHeader(
+        schema=1, created="2026-01-01T00:00:00+00:00", argv=("slots",), device="cpu",
+        plan=asdict(Plan(name="made", jobs=jobs)), commit="abcdef0123", dirty=False,
+        environment={"cpu": "c", "threads": 1, "gpu": None, "versions": {}},
+    )  # fmt: skip
+    store = SlotsStore.open(tmp_path / "slots", header)
+    store.note_model("made", {"source": {"parameters": 10}, "config": {}})
+    for job in jobs:
+        for cell in job.cells:
+            times = (2 if cell.kv_len == 100 else 1) * (4 if job.dtype == "float32" else 1)
+            head = 0.01 * cell.width if cell.width else 0.0
+            seconds = (
+                BODY[cell.width] + head if cell.width else {"ar": 0.12, TIDAR4: 0.25}[cell.what]
+            )
+            for number in range(2):
+                visit = Visit(
+                    job=job.name, what=cell.what, kv_len=cell.kv_len, batch=1, round=number,
+                    status=OK, width=cell.width or 1, total_s=(times * seconds,),
+                    head_s=(times * head,) if cell.width else (), host_s=(times * seconds,),
+                )  # fmt: skip
+                store.append(visit)
+    store.close()
+    return tmp_path / "slots"
+
+
+def test_a_width_record_gives_the_curve_and_its_steps(
+    folder: Path, widths: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By hand, behind 8 tokens: `ar` 0.10 + 0.01 s; K = 4 0.20 s and the head on 4 + 3 rows, so
+    0.27 s for 2.5 tokens; two forwards 2 x 0.11 + 0.07 s."""
+    assert cli.main(["autotune", str(folder), "--widths", str(widths), "--top", "99"]) == 0
+    text = capsys.readouterr().out
+    assert "Width curve: slots, bfloat16, 8 cached tokens, 1 to 20 tokens." in text
+    assert "something else" not in text
+    assert "| ar | 1 | 1.00 | 1.00 | 110.0 | 9.1 | 1.00x |" in text
+    assert "| tidar_two_forward:block_len=4 | 8 | 2.50 | 1.25 | 290.0 | 8.6 | 0.95x |" in text
+    # Beside the run's own measurement (0.3 s a step), and beside the width record's (0.25 s).
+    assert "| tidar:block_len=4,beta=1 | 2.50 | 2.50 | 9.3 | 8.3 | 1.02x | 1.67x |" in text
+    steps = text[text.index("measured in the width record") :]
+    assert "| ar | 110.0 | 120.0 | 9.1 | 8.3 |" in steps
+    assert f"| {TIDAR4} | 270.0 | 250.0 | 9.3 | 10.0 |" in steps
+
+
+def test_cells_of_a_width_record_can_be_chosen(folder: Path, widths: Path) -> None:
+    far = autotune.report(folder, widths=widths, kv_len=90)
+    assert "slots, bfloat16, 100 cached tokens" in far and "| ar | 1 | 1.00 | 1.00 | 220.0 |" in far
+    other = autotune.report(folder, widths=widths, job="float32")
+    assert "| ar | 1 | 1.00 | 1.00 | 440.0 |" in other and "in the width record" not in other
+    assert "number format: float32, not bfloat16" in other
+    with pytest.raises(UserError, match="'batch1': its are bfloat16, float32"):
+        autotune.report(folder, widths=widths, job="batch1")
+    with pytest.raises(UserError, match="--widths FOLDER"):
+        autotune.report(folder, kv_len=90)
+
+
+def test_a_curve_of_other_weights_is_named_or_asked_for(folder: Path, widths: Path) -> None:
+    models = widths / "slots_models.json"
+    models.write_text(models.read_text().replace("10", "11"))
+    with pytest.raises(UserError, match="--job: bfloat16, float32"):
+        autotune.report(folder, widths=widths)
+    header = widths / "slots_header.json"
+    header.write_text(header.read_text().replace('"threads": 1', '"threads": 2'))
+    text = autotune.report(folder, widths=widths, job="bfloat16")
+    assert "seconds differ (weights: made, not w; threads: 2, not 1)" in text
+
+
+def test_a_width_record_without_a_curve_is_refused(folder: Path, widths: Path) -> None:
+    (widths / "visits.jsonl").write_text("")
+    with pytest.raises(UserError, match="no widths from 1"):
+        autotune.report(folder, widths=widths)
+    with pytest.raises(UserError, match=r"slots_header\.json"):
+        autotune.report(folder, widths=folder)
+
+
+def test_the_head_costs_by_rows_where_it_is_known() -> None:
+    apart = WidthCurve({1: 1.0, 20: 2.0}, "made", head={1: 0.1, 20: 2.0})
+    assert apart.step([20], [4, 3]) == pytest.approx(2.0 + 0.4 + 0.3)
+    assert predict("tidar", {"block_len": 4, "beta": 1.0}, FALLING, apart).step_s == pytest.approx(
+        2.7
+    )
+    mixed = predict("tidar", {"block_len": 4, "beta": 0.5}, FALLING, apart)
+    assert mixed.step_s == pytest.approx(3.1)
+    assert WidthCurve({1: 1.0, 20: 2.0}, "made").step([20], [4, 3]) == 2.0
