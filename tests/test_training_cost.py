@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import oracles
 import pytest
 import tiny
@@ -16,6 +18,7 @@ from bench.training_cost import (
     PAPER_RUNS,
     Learning,
     counter,
+    estimate,
     flops_per_token,
     gpu_hours,
     peak_for,
@@ -151,3 +154,12 @@ def test_no_torch() -> None:
 
     _, foreign = test_house.reached("bench.training_cost")
     assert not foreign & test_house.HEAVY
+
+
+def test_the_docs_show_this_estimate() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
+    table = [line for line in estimate(mfu=0.4, gpu="h100").splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(PAPER_RUNS) and "\n".join(table) in page
+    for gpu, gpus, words in (("abacus", 8, "'abacus'"), ("h100", 0, "0 GPUs")):
+        with pytest.raises(UserError, match=words):
+            estimate(mfu=0.4, gpu=gpu, gpus=gpus)
