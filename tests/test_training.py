@@ -419,6 +419,7 @@ def test_compiled_equals_eager(placement: str | None) -> None:
 
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         pytest.skip("no C++ compiler on this machine: torch.compile cannot work on its CPU")
+    torch._dynamo.reset()  # the code of one case must not serve the next
     config = oracles.tiny_config("qwen3", vocab=16, layers=3)
     state = oracles.random_state(config, 3)
     settings = AdapterConfig(rank=3, placement=placement) if placement else None
