@@ -68,13 +68,12 @@ def shape_of(weights: str) -> str:
 
 
 def committed_records(folder: Path = RECORDS_DIR) -> tuple[Path, ...]:
-    """The record folders under results/records/, by name; other files there are not runs."""
-    return tuple(sorted(path.parent for path in folder.glob(f"*/{HEADER}")))
+    """The record folders under results/records/, of runs and of width curves, by name.
 
-
-def committed_width_records(folder: Path = RECORDS_DIR) -> tuple[Path, ...]:
-    """The folders under results/records/ that hold width curves, by name."""
-    return tuple(sorted(path.parent for path in folder.glob(f"*/{SLOTS_HEADER}")))
+    Other folders there (peers, say) are neither.
+    """
+    found = {path.parent for name in (HEADER, SLOTS_HEADER) for path in folder.glob(f"*/{name}")}
+    return tuple(sorted(found))
 
 
 def run_folders(folders: Sequence[Path]) -> list[Path]:

@@ -36,7 +36,6 @@ from bench.claims_ours import (
     LENGTHS,
     Observed,
     committed_records,
-    committed_width_records,
     observe_all,
     shape_of,
 )
@@ -315,7 +314,7 @@ def page(records: Sequence[Path], *, form: str = "table", source: str | None = N
     sources = tuple(dict.fromkeys(claim.source for claim in claims))
     if source is not None and source not in sources:
         raise UserError(f"no claim has the source {source!r}; choose one of {', '.join(sources)}")
-    ours = (*committed_records(), *committed_width_records(), *records)
+    ours = (*committed_records(), *records)
     folders = {path.resolve(): path for path in ours}
     judged = judge_all(claims, observe_all(tuple(folders.values())))
     judged = [item for item in judged if source in (None, item.claim.source)]

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -293,6 +294,17 @@ def test_random_weights_give_step_costs_only() -> None:
     )  # fmt: skip
     protocol = {"shots", "length_limit"}
     assert {o.metric for o in claims_ours.observe(random)} == {"step_ratio"} | protocol
+
+
+def test_runs_and_width_curves_are_found_the_same_way(tmp_path: Path) -> None:
+    for name, file in (("b_run", "header.json"), ("a_curve", "slots_header.json"), ("c", "x.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    found = claims_ours.committed_records(tmp_path)
+    assert [path.name for path in found] == ["a_curve", "b_run"]
+    # What is neither is kept, so that reading it says what is wrong with it.
+    runs = claims_ours.run_folders([*found, tmp_path / "c"])
+    assert [path.name for path in runs] == ["b_run", "c"]
 
 
 def test_the_page_of_the_committed_records(capsys: pytest.CaptureFixture[str]) -> None:

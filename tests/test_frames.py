@@ -13,7 +13,7 @@ from made_records import header, row, steps_of
 import bench
 from bench import frames, metrics
 from bench.claims import load_claims
-from bench.claims_ours import committed_records
+from bench.claims_ours import committed_records, run_folders
 from bench.records import Measurement, ScoreRecord, StepRecord
 from bench.store import RunStore, read_record, read_steps
 from tidar_ref.errors import UserError
@@ -54,7 +54,7 @@ def test_every_row_is_there(made: Path) -> None:
 
 
 def test_frames_equal_the_records_they_come_from() -> None:
-    folders = committed_records()
+    folders = run_folders(committed_records())
     loaded = bench.load([str(folder) for folder in folders])
     records = [read_record(folder) for folder in folders]
     assert len(loaded.measurements) == sum(len(record.measurements) for record in records)
