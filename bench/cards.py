@@ -73,6 +73,8 @@ def text(name: str, notes: dict[str, Any], log: list[dict[str, Any]]) -> str:
     for key, title in training.PANELS:
         values = [row[key] for row in last if row[key] is not None]
         if values:
+            if key == "diffusion_loss" and recipe.get("head"):
+                title = "draft loss (nats, summed over the unrolls with their weights)"
             lines.append(f"- {title}: {sum(values) / len(values):.3f}")
     lines += [
         "",
