@@ -60,14 +60,14 @@ def train(
 
     if recipe.learn not in LEARN:
         raise UserError(f"recipe {recipe.name} learns {recipe.learn!r}: use {' or '.join(LEARN)}")
+    if recipe.compiled and recipe.head is not None:
+        raise UserError(f"recipe {recipe.name} trains a draft head: leave out --compile")
     if threads is not None:
         torch.set_num_threads(threads)
     device = _join_ranks(_device(recipe.device))
     loaded = checkpoint.load(recipe.weights, device=device, dtype=recipe.dtype, prepare=False)
     corpus = _corpus(recipe, loaded, out, data_dir)
     if recipe.head is not None:
-        if recipe.compiled:
-            raise UserError(f"recipe {recipe.name} trains a draft head: leave out --compile")
         network = heads.network(recipe, loaded, corpus.examples)
     else:
         network = _network(recipe, loaded)
