@@ -31,6 +31,7 @@ from tidar_ref.model import Transformer
 from tidar_ref.tokenizer import read_json
 
 HEADS = Path(__file__).resolve().parent.parent / "results" / "heads"
+NOTES_FILE = "tidar.json"  # what `bench train` writes beside a head
 LAYER = "midlayer."  # SafeAILab, SpecForge, AngelSlim; speculators say layers.0.
 LAYER_NAMES = {
     "layer.attn_norm.weight": "input_layernorm.weight",  # of the embedding
@@ -83,6 +84,8 @@ def load_head(spec: str, model: Transformer) -> EagleHead:
     for path in _weight_files(folder):
         digest.update(path.read_bytes())
     head.sha256 = digest.hexdigest()
+    if (notes := read_json(folder / NOTES_FILE)).get("base_sha256"):
+        head.target = [notes["base_sha256"], *notes.get("base_adapters", ())]
     return ready(head, model)
 
 

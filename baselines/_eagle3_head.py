@@ -41,7 +41,8 @@ class HeadConfig:
 
 class EagleHead(nn.Module):
     """The draft network. `name` says where it came from; `trained` is False for random weights.
-    `sha256` is that of its weights' file, None where there is none.
+    `sha256` is that of its weights' file, `target` names the weights it was trained for (sha256 and
+    adapters); both are None where nobody says.
 
     embed: the target's table, or the head's own where a checkpoint has one. target_ids [Vd]: the
     target's token id of every draft id.
@@ -57,6 +58,7 @@ class EagleHead(nn.Module):
         hidden, rows = layer.hidden_size, layer.num_heads + 2 * layer.num_kv_heads
         self.config, self.name, self.trained = config, name, name != RANDOM
         self.sha256: str | None = None
+        self.target: list[str] | None = None
         self._embed = (embed,)  # in a tuple: the target's table is not a part of the head
         self.fc = Linear(len(config.taps) * config.target_hidden, hidden, bias=False, **kind)
         self.layer = Layer(layer, kind)

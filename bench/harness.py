@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -139,6 +139,7 @@ def prepare(profile: Profile, *, data_dir: Path | None = None) -> Prepared:
     loaded = load(profile.weights, device=device, dtype=profile.dtype, seed=profile.seed)
     tasks, problems, notes = load_tasks(profile, data_dir=data_dir, tokenizer=loaded.tokenizer)
     decoders, own_weights = build_decoders(profile, loaded, device=device)
+    notes += _strange_heads(decoders, {label: loaded.source for label in decoders} | own_weights)
     prompts = {
         (name, problem.id): loaded.tokenizer.encode(problem.prompt)
         for name, chosen in problems.items()
@@ -184,6 +185,18 @@ def build_decoders(
         )
     sources = {s.label: models[s.weights].source for s in profile.decoders if s.weights}
     return decoders, sources
+
+
+def _strange_heads(
+    decoders: Mapping[str, Decoder], sources: Mapping[str, WeightsSource]
+) -> list[str]:
+    """A note for each draft head that was trained for other weights: exact text, poor drafts."""
+    notes = []
+    for label, decoder in decoders.items():
+        target = getattr(getattr(decoder, "drafter", None), "target", None)
+        if target not in (None, [sources[label].sha256, *sources[label].adapters]):
+            notes.append(f"the head of {label} was trained for other weights: poor drafts")
+    return notes
 
 
 def _check_lengths(prepared: Prepared) -> None:

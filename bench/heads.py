@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from tidar_ref.training.eagle import HeadNetwork
     from tidar_ref.training.rows import Example
 
-NOTES_FILE = "tidar.json"
-
-
 def network(recipe: Recipe, loaded: LoadedModel, examples: Sequence[Example]) -> HeadNetwork:
     """A new head for these weights, over the tokens the documents answer with."""
     import torch
@@ -63,7 +60,7 @@ def save(network: HeadNetwork, folder: Path, notes: Mapping[str, Any]) -> None:
     """The head as SpecForge writes it, in bfloat16, and what made it."""
     import torch
 
-    from baselines._eagle3_files import save_head
+    from baselines._eagle3_files import NOTES_FILE, save_head
 
     save_head(network.head, folder, dtype=torch.bfloat16)
     own = {"draft_vocab": len(network.head.target_ids), "taps": network.head.config.taps, **notes}

@@ -94,6 +94,8 @@ OWN_INSTEAD = (
     ("gsm8k_cot", "own_math"),
     ("gsm8k_chain", "own_templates"),
 )
+# Block diffusion is trained in its own way: an adapter of its own on the same backbone.
+BLOCK_WEIGHTS = (("weights", "smollm2-block-diffusion"),)
 PAPER_TASKS = ("humaneval", "mbpp", "mbpp_plus", "gsm8k_cot")
 
 SMOKE = Profile(
@@ -109,13 +111,24 @@ EMBEDDED = Profile(
     name="embedded",
     purpose="weights from a package, trained for TiDAR here; two CPU cores, no hub: toy quality",
     weights="embedded+smollm2-tidar",
-    decoders=(AR, tidar(4), tidar(8), DecoderSpec(name="prompt_lookup")),
+    decoders=(
+        AR,
+        tidar(4),
+        tidar(8),
+        DecoderSpec(name="tidar_two_forward", params=(("block_len", 4),)),
+        DecoderSpec(name="prompt_lookup"),
+        DecoderSpec(name="eagle3", params=(("head", "smollm2-eagle3"), ("depth", 3))),
+        DecoderSpec(name="block_diffusion", params=(*BLOCK_WEIGHTS, ("block_len", 4))),
+        DecoderSpec(
+            name="masked_diffusion", params=(*BLOCK_WEIGHTS, ("block_len", 4), ("cache", "dual"))
+        ),
+    ),
     tasks=(
-        TaskSpec(name="own_templates", limit=16),
-        TaskSpec(name="gsm8k_chain", limit=12),
-        TaskSpec(name="humaneval", limit=3),
-        TaskSpec(name="mbpp", limit=3),
-        TaskSpec(name="gsm8k_cot", limit=3),
+        TaskSpec(name="own_templates", limit=12),
+        TaskSpec(name="gsm8k_chain", limit=8),
+        TaskSpec(name="humaneval", limit=2),
+        TaskSpec(name="mbpp", limit=2),
+        TaskSpec(name="gsm8k_cot", limit=2),
     ),
     dtype="bfloat16",
     max_new_tokens=64,

@@ -342,3 +342,13 @@ def test_a_decoder_with_weights_of_its_own(tmp_path: Path) -> None:
         row, _ = harness.measure(alone, ("ar", *key, 0), problem)
         assert texts[own.label, *key] == texts[k4.label, *key] == row.token_ids_sha
         assert row.token_ids_sha != texts["ar", *key]
+
+
+def test_a_head_of_other_weights_is_noted() -> None:
+    """Known by sha256 and adapters; a head that names no target is nobody's business."""
+    source = SimpleNamespace(sha256="s", adapters=("a sha256 1",))
+    heads = {"its own": ["s", "a sha256 1"], "base": ["s"], "other": ["t", "a"], "unknown": None}
+    decoders = {n: SimpleNamespace(drafter=SimpleNamespace(target=t)) for n, t in heads.items()}
+    decoders["ar"] = SimpleNamespace()
+    notes = harness._strange_heads(decoders, dict.fromkeys(decoders, source))
+    assert [note.split()[3] for note in notes] == ["base", "other"]
