@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,7 +16,7 @@ import pytest
 from made_records import header, row, steps_of
 
 from bench import cli
-from bench.compare import estimate, interleaved, regress_record, sides, verdict, writers
+from bench.compare import commands, estimate, interleaved, regress_record, sides, verdict, writers
 from bench.compare.estimate import PASS, REGRESSION, UNDECIDED, Change
 from bench.compare.regress_record import RegressRecord, Turn, make_turn
 from bench.records import Measurement
@@ -295,12 +296,38 @@ def test_nothing_in_common_and_odd_tolerances_are_refused() -> None:
             compared(regress(), regress(), tolerance=tolerance)
 
 
+def test_the_gate_says_what_is_undecided(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After every pair of processes, through the command, on made-up turns: five, then forty."""
+    records = [
+        (
+            regress(session="s", turns=turns(1, count=n)),
+            regress(session="s", turns=turns(2, count=n)),
+        )
+        for n in (5, 40)
+    ]
+    answers = []
+
+    def measured(start: Any, *, enough: Any, **_: Any) -> tuple[RegressRecord, RegressRecord]:
+        answers.extend(enough(*pair) for pair in records)
+        return records[-1]
+
+    monkeypatch.setattr(interleaved, "checkout", lambda ref: nullcontext(tmp_path))
+    monkeypatch.setattr(interleaved, "check_measurable", lambda folder, ref: None)
+    monkeypatch.setattr(interleaved, "workers", lambda *words: nullcontext(None))
+    monkeypatch.setattr(interleaved, "measure_pair", measured)
+    said: list[str] = []
+    how = commands.Measuring()
+    found, files = commands.regress_against(
+        "x", how, out=tmp_path / "out", tolerance=0.05, say=said.append
+    )
+    assert said == ["  undecided: ar, tidar", "  every timing is decided"]
+    assert answers == [False, True] and not found.regressed and all(f.exists() for f in files)
+
+
 # --- run records
 
 
-def run(
-    seconds: float = 1.0, problems: int = 12, finish: str = "eos", **changes: Any
-) -> RunRecord:
+def run(seconds: float = 1.0, problems: int = 12, finish: str = "eos", **changes: Any) -> RunRecord:
     """A run record: tidar decodes each problem in about `seconds`, ar in 2 s."""
     rng = random.Random(round(1000 * seconds))
     rows: list[Measurement] = []

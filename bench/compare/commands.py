@@ -68,12 +68,18 @@ def regress_against(
             sides.from_regress(base, "base"), sides.from_regress(head, "head"), tolerance=tolerance
         )
 
+    def enough(base: RegressRecord, head: RegressRecord) -> bool:
+        found = judge(base, head)
+        names = ", ".join(row.decoder for row in found.undecided)
+        say(f"  undecided: {names}" if names else "  every timing is decided")
+        return all_decided(found)
+
     with interleaved.checkout(ref) as folder:
         interleaved.check_measurable(folder, ref)
         with interleaved.workers(folder, interleaved.HERE, settings) as start:
             base, head = interleaved.measure_pair(
                 start,
-                enough=lambda one, other: all_decided(judge(one, other)),
+                enough=enough,
                 blocks=blocks,
                 fewest=min(interleaved.FEWEST, most),
                 most=most,
