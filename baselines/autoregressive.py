@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tidar_ref import graphed
 from tidar_ref.cache import KVCache
 from tidar_ref.decoding import State, StepTrace
 from tidar_ref.errors import UserError
 from tidar_ref.masks import causal_mask
 from tidar_ref.model import Transformer
 from tidar_ref.sampling import Sampling, choose
+
+STAND_INS = graphed.STAND_INS
 
 
 class AutoregressiveDecoder:
@@ -22,6 +25,7 @@ class AutoregressiveDecoder:
     name = "ar"
     lossless = True
     scratch = 0
+    width, most, columns = 1, 1, 1  # of a step: query tokens, commits at most, report columns
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -72,6 +76,29 @@ class AutoregressiveDecoder:
         cache.advance([int(a) for a in active])
         return _trace(token.tolist(), active, 1, before)
 
+    def held(self, state: ARState) -> tuple[Tensor, ...]:
+        """What `turn` starts from, after a prefill."""
+        return (state.pending,)
+
+    def turn(
+        self, held: tuple[Tensor, ...], cache: KVCache
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """A greedy step without the host: next pending token, 1 for each row, the report [B, 1]."""
+        hidden = self.model(held[0], cache.kv_len[:, None], cache, None)
+        token = self.model.lm_head(hidden[:, 0]).argmax(dim=-1)[:, None]
+        return (token,), torch.ones_like(token[:, 0]), token
+
+    def trace(
+        self,
+        report: list[list[int]],
+        lengths: list[int],
+        before: tuple[int, ...],
+        active: tuple[bool, ...],
+    ) -> tuple[StepTrace, list[int], list[int]]:
+        """A report as ledger line, and the tokens each cache row keeps."""
+        trace = _trace([row[0] for row in report], list(active), 1, before)
+        return trace, [int(a) for a in active], lengths
+
 
 class ARState(State):
     """State plus pending [B, 1], the committed tokens whose K/V is not in the cache yet."""
@@ -83,11 +110,12 @@ class ARState(State):
 
 def build(
     model: Transformer, *, mask_token_id: int | None = None, **params: Any
-) -> AutoregressiveDecoder:
-    """The `ar` decoder; it has no parameters, any given one is an error."""
+) -> AutoregressiveDecoder | graphed.StaticDecoder:
+    """The `ar` decoder; graphs or static (`tidar_ref.graphed`) is all it can be told."""
+    burst, params = graphed.split_params(params)
     if params:
         raise UserError(f"decoder ar takes no parameter {', '.join(sorted(params))}: remove it")
-    return AutoregressiveDecoder(model)
+    return graphed.wrap(AutoregressiveDecoder(model), burst)
 
 
 def _trace(tokens: list[int], active: list[bool], width: int, kv_len: tuple[int, ...]) -> StepTrace:

@@ -92,6 +92,23 @@ class KVCache:
         self.advance(counts)
 
 
+class BoundedCache(KVCache):
+    """The same K/V and `kv_len`, seen by `width` new tokens through the first `bound` slots only.
+
+    For steps whose lengths the host does not know: every shape follows from `bound`, every place
+    from `kv_len` on the device. Whoever uses it sees to it that kv_len + new tokens <= bound.
+    """
+
+    uniform = False  # as far as the host may know
+
+    def __init__(self, cache: KVCache, bound: int, width: int) -> None:
+        if not width <= bound <= cache.k.shape[3]:
+            raise ValueError(f"{width} new tokens, a bound of {bound}, {cache.k.shape[3]} slots")
+        self.k, self.v, self.kv_len = cache.k, cache.v, cache.kv_len
+        self.max_len, self.scratch = bound, 0
+        self.lengths = [bound - width] * cache.kv_len.shape[0]
+
+
 class OpenSlots:
     """The views one forward writes to and reads from, made once and not once a layer."""
 

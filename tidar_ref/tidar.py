@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tidar_ref import graphed
 from tidar_ref.cache import KVCache
 from tidar_ref.decoding import State, StepTrace
 from tidar_ref.errors import UserError
@@ -31,6 +32,7 @@ from tidar_ref.sampling import Sampling, choose, draw, leading_matches, mix, pro
 
 BLOCK_LENS = range(2, 17)
 TEXT_PARAMETERS = ("outcomes",)
+STAND_INS = graphed.STAND_INS
 
 
 class TidarState(State):
@@ -92,6 +94,9 @@ class TidarDecoder:
         masks = block_len * len(self.outcomes)
         # The last step may commit up to K tokens past the limit; masks and drafts lie behind those.
         self.scratch = 2 * block_len + masks
+        self.width = block_len + masks
+        self.most = block_len  # tokens a step commits at most
+        self.columns = block_len + 2  # of a report
         self.new_mask = outcome_mask(block_len, self.outcomes).to(model.device)
         self.offsets = outcome_positions(block_len, self.outcomes).to(model.device)
         self.mask_ids = torch.full(
@@ -176,35 +181,64 @@ class TidarDecoder:
             at = lengths[0] - 1 if batch == 1 else state.draft_len - 1
             mask, offsets = self.short_masks[at], self.short_offsets[at]
         hidden = self.model(ids, cache.kv_len[:, None] + offsets, cache, mask)
-
-        mixed = self._mixed(self.model.lm_head(hidden[:, :k]), hidden[:, k::k])  # p of v_1..v_K
-        r, following = verify_draft(
-            state.draft, mixed, state.draft_probs, sampling, state.generator, state.draft_len
+        held = (state.draft, state.draft_len, state.draft_probs)
+        following, _, report = self._decide(hidden, held, sampling, state.generator)
+        state.draft, state.draft_len, state.draft_probs = following
+        # One transfer to the host a step: how many were committed, and which.
+        trace, counts, state.lengths = self.trace(
+            report.tolist(), lengths, before, tuple(state.active)
         )
+        cache.advance(counts)
+        return trace
+
+    def _decide(
+        self,
+        hidden: Tensor,
+        held: tuple[Tensor, Tensor, Tensor | None],
+        sampling: Sampling,
+        generator: torch.Generator | None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor, Tensor]:
+        """The half of a step behind the backbone, all of it on the device.
+
+        held: draft, draft_len, draft_probs. Returns theirs of the next step, r [B], and the report
+        [B, K + 2]: r, next length, d_1..d_{K-1}, the token after d_{r-1}.
+        """
+        draft, draft_len, draft_probs = held
+        k = self.block_len
+        mixed = self._mixed(self.model.lm_head(hidden[:, :k]), hidden[:, k::k])  # p of v_1..v_K
+        r, following = verify_draft(draft, mixed, draft_probs, sampling, generator, draft_len)
         # Only the chosen block goes through the LM head: K-1 rows instead of K*K. Of a block for a
         # smaller outcome the slots up to P+r are skipped; what lies past its end is padding.
-        row = (state.draft_len - 1, r - 1)
+        row = (draft_len - 1, r - 1)
         block, length = self.block_of[row], self.length_after[row]
         slots = (k - length)[:, None] + torch.arange(1, k, device=hidden.device)
         slots = (block + 1)[:, None] * k + slots.clamp_max(k - 1)
         chosen = hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        old_draft = state.draft
-        state.draft, state.draft_probs = self._draft(
-            following[:, None], chosen, sampling, state.generator, length
+        next_draft, next_probs = self._draft(
+            following[:, None], chosen, sampling, generator, length
         )
-        # One transfer to the host a step: how many were committed, and which.
-        report = torch.cat([r[:, None], length[:, None], old_draft[:, 1:], following[:, None]], 1)
-        counts, state.lengths, drafts, last = _split(report.tolist())
-        state.draft_len = length
-        active = list(state.active)
-        cache.advance([n if a else 0 for n, a in zip(counts, active, strict=True)])
-        return StepTrace(
+        report = torch.cat([r[:, None], length[:, None], draft[:, 1:], following[:, None]], 1)
+        return (next_draft, length, next_probs), r, report
+
+    def trace(
+        self,
+        report: list[list[int]],
+        lengths: list[int],
+        before: tuple[int, ...],
+        active: tuple[bool, ...],
+    ) -> tuple[StepTrace, list[int], list[int]]:
+        """A report as ledger line, tokens each cache row keeps, and the next drafts' lengths.
+
+        lengths: those of the drafts verified; before: the prefix lengths read.
+        """
+        counts, following, drafts, last = _split(report)
+        trace = StepTrace(
             committed=tuple(
                 (*draft[: n - 1], token) if a else ()
                 for n, draft, token, a in zip(counts, drafts, last, active, strict=True)
             ),
             target_forwards=1,
-            query_width=ids.shape[1],
+            query_width=self.width,
             kv_len=before,
             drafted=tuple(n - 1 if a else 0 for n, a in zip(lengths, active, strict=True)),
             accepted=tuple(n - 1 if a else 0 for n, a in zip(counts, active, strict=True)),
@@ -213,6 +247,27 @@ class TidarDecoder:
                 for n, draft, a in zip(lengths, drafts, active, strict=True)
             ),
         )
+        return trace, [n if a else 0 for n, a in zip(counts, active, strict=True)], following
+
+    def held(self, state: TidarState) -> tuple[Tensor, ...]:
+        """What `turn` starts from, after a prefill."""
+        return state.draft, state.draft_len
+
+    def turn(
+        self, held: tuple[Tensor, ...], cache: KVCache
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """A greedy step without the host: what the next starts from, r [B], the report.
+
+        Shapes depend on nothing but the cache's view; `tidar_ref.graphed` captures it.
+        """
+        draft, draft_len = held
+        ids = torch.cat([draft, self.mask_ids.expand(draft.shape[0], -1)], dim=1)
+        mask, offsets = self.new_mask, self.offsets
+        if self.outcomes != tuple(range(1, self.block_len + 1)):  # drafts may be short
+            mask, offsets = self.short_masks[draft_len - 1], self.short_offsets[draft_len - 1]
+        hidden = self.model(ids, cache.kv_len[:, None] + offsets, cache, mask)
+        (*following, _), r, report = self._decide(hidden, (*held, None), Sampling(), None)
+        return tuple(following), r, report
 
     def _mixed(self, ar_logits: Tensor, first_slots: Tensor) -> Tensor:
         """Verification logits from the AR logits and the first slots' hidden states of the blocks.
@@ -253,14 +308,18 @@ class TidarDecoder:
         return logits
 
 
-def build(model: Transformer, *, mask_token_id: int, **params: Any) -> TidarDecoder:
-    """The `tidar` decoder with parameters block_len (K), beta and outcomes."""
+def build(
+    model: Transformer, *, mask_token_id: int, **params: Any
+) -> TidarDecoder | graphed.StaticDecoder:
+    """The `tidar` decoder: block_len (K), beta, outcomes, and graphs or static (`graphed`)."""
+    burst, params = graphed.split_params(params)
     unknown = sorted(set(params) - {"block_len", "beta", "outcomes"})
     if unknown:
         raise UserError(
-            f"decoder tidar has no parameter {', '.join(unknown)}: use block_len, beta, outcomes"
+            f"decoder tidar has no parameter {', '.join(unknown)}: use block_len, beta, outcomes,"
+            " graphs"
         )
-    return TidarDecoder(model, mask_token_id=mask_token_id, **params)
+    return graphed.wrap(TidarDecoder(model, mask_token_id=mask_token_id, **params), burst)
 
 
 def verify_draft(
