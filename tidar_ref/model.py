@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tidar_ref.attention import TwoPart
 from tidar_ref.cache import KVCache, OpenSlots
 from tidar_ref.config import ModelConfig
 from tidar_ref.linear import Linear, RMSNorm, TiedHead
@@ -66,6 +67,7 @@ class Transformer(nn.Module):
         self.to_empty(device=device)
         cos, sin = rotary_tables(config)
         self.mask_adapter: MaskAdapter | None = None
+        self.attention = "sdpa"  # or "two_part" (`tidar_ref.attention`)
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
 
@@ -87,7 +89,7 @@ class Transformer(nn.Module):
         self.one_row = None  # moved or converted: it would multiply by the old weights
         return super()._apply(fn, recurse)
 
-    def _takes_one_row(self, bias: Tensor | None, rows: int) -> bool:
+    def _takes_one_row(self, bias: Tensor | TwoPart | None, rows: int) -> bool:
         """Whether the compiled layers serve this forward; hooks want the layers called."""
         return (
             self.one_row is not None
@@ -160,7 +162,11 @@ class Transformer(nn.Module):
         batch, width = input_ids.shape
         fold = width <= FOLD_GROUPS_UP_TO
         groups = self.config.num_heads // self.config.num_kv_heads
-        bias = attention_bias(cache, new_mask, width, groups if fold else 1, self.dtype)
+        bias: Tensor | TwoPart | None
+        if self.attention == "two_part" and fold and max(cache.lengths) > 0:
+            bias = TwoPart(cache, new_mask, width, groups, self.dtype)
+        else:  # a prefill has no prefix to take apart
+            bias = attention_bias(cache, new_mask, width, groups if fold else 1, self.dtype)
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         if self.dtype != torch.float32:
             cos, sin = cos.to(self.dtype), sin.to(self.dtype)
@@ -216,7 +222,7 @@ class Layer(nn.Module):
         sin: Tensor,
         slots: OpenSlots,
         index: int,
-        bias: Tensor | None,
+        bias: Tensor | TwoPart | None,
         fold: bool,
         gate: Tensor | None = None,
         inputs: Tensor | None = None,
@@ -238,7 +244,12 @@ class Layer(nn.Module):
         keys, values = slots.write(index, k, v)
         if fold:  # [B, Hq, Q, D] -> [B, Hkv, G*Q, D]: heads of one group share keys and values
             q = q.reshape(batch, self.kv_heads, self.groups * width, self.head_dim)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, enable_gqa=not fold)
+        if isinstance(bias, TwoPart):
+            out = bias(q, keys, values)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=bias, enable_gqa=not fold
+            )
         out = out.reshape(batch, self.heads, width, self.head_dim).transpose(1, 2)
         out = out.reshape(batch * width, self.heads * self.head_dim)
         hidden = hidden + self._product("o", out, gate)
