@@ -110,7 +110,7 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
-class _LineFile:
+class LineFile:
     """Append-only lines; a line that cannot be written in full leaves no trace of itself."""
 
     def __init__(self, path: Path) -> None:
@@ -144,9 +144,9 @@ class RunStore:
         self.header = header
         self.measurements = list(done)
         self.done: set[Key] = {row.key for row in done}
-        self._steps = _LineFile(folder / STEPS)
-        self._measurements = _LineFile(folder / MEASUREMENTS)
-        self._sessions = _LineFile(folder / SESSIONS)
+        self._steps = LineFile(folder / STEPS)
+        self._measurements = LineFile(folder / MEASUREMENTS)
+        self._sessions = LineFile(folder / SESSIONS)
 
     @classmethod
     def create(cls, folder: Path, header: RunHeader) -> RunStore:
@@ -178,11 +178,11 @@ class RunStore:
                 f"cannot resume {folder}: {difference}; run with the settings it was begun with, "
                 "or start anew with --fresh"
             )
-        measurements = _repair(folder / MEASUREMENTS, Measurement)
+        measurements = repair_rows(folder / MEASUREMENTS, Measurement)
         done = {row.key for row in measurements}
         if len(done) != len(measurements):
             raise UserError(f"{folder / MEASUREMENTS} holds a key twice; start anew with --fresh")
-        steps = _repair(folder / STEPS, StepRecord)
+        steps = repair_rows(folder / STEPS, StepRecord)
         kept = [step for step in steps if step.key in done]
         if len(kept) != len(steps):
             write_whole(folder / STEPS, "".join(map(to_line, kept)))
@@ -262,25 +262,25 @@ def header_difference(stored: RunHeader, wanted: RunHeader) -> str | None:
         return json.loads(json.dumps(value))
 
     for name in MUST_MATCH:
-        found = _first_difference(name, plain(getattr(stored, name)), plain(getattr(wanted, name)))
+        found = first_difference(name, plain(getattr(stored, name)), plain(getattr(wanted, name)))
         if found:
             return found
     for name in ENVIRONMENT_MUST_MATCH:
         before, after = plain(stored.environment.get(name)), plain(wanted.environment.get(name))
-        found = _first_difference(f"environment.{name}", before, after)
+        found = first_difference(f"environment.{name}", before, after)
         if found:
             return found
     return None
 
 
-def _first_difference(name: str, before: Any, after: Any) -> str | None:
+def first_difference(name: str, before: Any, after: Any) -> str | None:
     if before == after:
         if isinstance(before, dict) and list(before) != list(after):
             return f"{name} has another order"
         return None
     if isinstance(before, dict) and isinstance(after, dict):
         for key in [*before, *(key for key in after if key not in before)]:
-            found = _first_difference(f"{name}.{key}", before.get(key), after.get(key))
+            found = first_difference(f"{name}.{key}", before.get(key), after.get(key))
             if found:
                 return found
     return f"{name} was {_short(before)}, is now {_short(after)}"
@@ -291,7 +291,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _lines(path: Path, kind: type[Record]) -> Iterator[tuple[Record, int]]:
+def read_rows(path: Path, kind: type[Record]) -> Iterator[tuple[Record, int]]:
     """Each whole line as a record, with the offset after it; a torn last line is left out."""
     if not path.exists():
         return
@@ -312,11 +312,11 @@ def _lines(path: Path, kind: type[Record]) -> Iterator[tuple[Record, int]]:
             ) from error
 
 
-def _repair(path: Path, kind: type[Record]) -> list[Record]:
+def repair_rows(path: Path, kind: type[Record]) -> list[Record]:
     """Read a line file and cut off whatever follows its last whole line."""
     rows: list[Record] = []
     end = 0
-    for row, end in _lines(path, kind):  # noqa: B007 (end is used after the loop)
+    for row, end in read_rows(path, kind):  # noqa: B007 (end is used after the loop)
         rows.append(row)
     try:
         if path.exists() and path.stat().st_size != end:
@@ -328,7 +328,7 @@ def _repair(path: Path, kind: type[Record]) -> list[Record]:
 
 def read_steps(folder: Path) -> Iterator[StepRecord]:
     """The per-step ledger, in the order in which it was written."""
-    return (row for row, _ in _lines(folder / STEPS, StepRecord))
+    return (row for row, _ in read_rows(folder / STEPS, StepRecord))
 
 
 def read_vocabulary(folder: Path) -> dict[int, str]:
@@ -348,8 +348,8 @@ def read_record(folder: Path) -> RunRecord:
     return RunRecord(
         name=folder.resolve().name,
         header=header,
-        measurements=tuple(row for row, _ in _lines(folder / MEASUREMENTS, Measurement)),
-        scores=tuple(row for row, _ in _lines(folder / SCORES, ScoreRecord)),
+        measurements=tuple(row for row, _ in read_rows(folder / MEASUREMENTS, Measurement)),
+        scores=tuple(row for row, _ in read_rows(folder / SCORES, ScoreRecord)),
         sessions=_sessions(folder / SESSIONS),
         telemetry=read_lines(folder / TELEMETRY),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,44 @@ def test_what_cannot_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["tidar_nowhere", 64].status == "no decoder"
     text = page.write_page(tmp_path / "r")
     assert "no memory" in text and "unknown decoder 'tidar_nowhere'" in text
+
+
+def test_a_decoder_without_a_kv_cache_is_not_applicable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run book goes on behind it, and the row says why."""
+    fake = SimpleNamespace(prefill=lambda *_, **__: (SimpleNamespace(cache=None), None))
+    real = engine.build_decoder
+    monkeypatch.setattr(
+        engine,
+        "build_decoder",
+        lambda spec, *a, **k: fake if spec.name == "ar" else real(spec, *a, **k),
+    )
+    assert run(plan_of(split=False), tmp_path / "r")
+    record = read_slots(tmp_path / "r")
+    status = {visit.what: visit.status for visit in record.visits}
+    assert status["ar"] == "not applicable" and status["tidar:block_len=2"] == OK
+    assert "not applicable | ar keeps no KVCache" in page.write_page(tmp_path / "r")
+
+
+def test_static_steps_and_routes_reach_the_record(tmp_path: Path) -> None:
+    """Their own `ar` is the reference; windows of the jobs are kept for telemetry."""
+    labels = ("ar", "ar:static=3", "tidar:block_len=2", "tidar:block_len=2,static=3", "ar:graphs=2")
+    plan = plan_of(decoders=labels, split=False, attention="two_part")
+    assert run(plan, tmp_path / "r")
+    found = {(p.what, p.kv_len): p for p in curves.points(read_slots(tmp_path / "r"))}
+    assert {p.attention for p in found.values()} == {"two_part"}
+    static, own = found["tidar:block_len=2,static=3", 9], found["ar:static=3", 9]
+    assert static.ratio and static.latency and own.latency and not static.captured
+    assert static.ratio.value == pytest.approx(static.latency.value / own.latency.value)
+    refused = found["ar:graphs=2", 9]
+    assert refused.status == "no decoder" and "--device cuda" in (refused.detail or "")
+    visits = read_slots(tmp_path / "r").visits
+    assert {v.steps for v in visits if "static" in v.what} == {3}
+    [window] = map(json.loads, (tmp_path / "r" / "slots_windows.jsonl").read_text().splitlines())
+    assert window["job"] == "batch2" and window["began"] < window["ended"]
+    with pytest.raises(UserError, match="attention"):
+        plan_of(attention="flash")
 
 
 def test_the_split_refuses_layers_it_did_not_see() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from bench import cli, steps
 from bench.profiles import parse_decoders
-from bench.registry import build_decoder
+from bench.registry import check_decoder
 from bench.slots import engine
 from bench.slots.record import OK, read_slots
 from bench.slots.timing import Clock
@@ -35,7 +35,7 @@ def test_every_decoder_of_the_list_exists_or_will_be_recorded_missing() -> None:
     tiny = load("random:tiny")
     for label in {label for job in steps.JOBS for label in job.decoders}:
         [spec] = parse_decoders([label])
-        build_decoder(spec, tiny.model, mask_token_id=tiny.source.mask_token_id)
+        check_decoder(spec, tiny.model, mask_token_id=tiny.source.mask_token_id)
 
 
 def test_fixed_list_takes_no_other_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,9 +71,12 @@ def test_rehearsal_end_to_end(
     assert {visit.job for visit in record.visits} == {job.name for job in steps.JOBS}
     assert all(visit.status == OK for visit in record.visits), "tiny has room for all"
     assert len(record.visits) == record.plan.visits
+    assert {visit.steps for visit in record.visits if "static=8" in visit.what} == {8}
+    assert not any(visit.captured or "graphs" in visit.what for visit in record.visits)
     assert record.ceilings is not None and record.ceilings["rehearsal"]
     files = {path.name for path in folder.iterdir()}
     assert {"slots.md", "slots.csv", "slots.svg", "slots-curve-8b.png"} <= files
     text = (folder / "slots.md").read_text()
     assert "means nothing" in text and "tidar_two_forward:block_len=8" in text
+    assert "ar:static=8" in text
     assert "predicted" not in text  # tiny is nobody's published shape

@@ -39,9 +39,17 @@ def slots(args: argparse.Namespace, *, runs: Path, argv: Sequence[str]) -> None:
         seed=args.seed,
         ceilings=args.ceilings,
         split=not args.no_split,
+        attention=args.attention,
     )
     _check_budget(args.budget_seconds)
-    measure(plan, out=args.out, runs=runs, argv=argv, budget_s=args.budget_seconds)
+    measure(
+        plan,
+        out=args.out,
+        runs=runs,
+        argv=argv,
+        budget_s=args.budget_seconds,
+        telemetry=args.telemetry,
+    )
 
 
 def run_book(args: argparse.Namespace, *, runs: Path, argv: Sequence[str]) -> None:
@@ -71,6 +79,7 @@ def run_book(args: argparse.Namespace, *, runs: Path, argv: Sequence[str]) -> No
         argv=argv,
         budget_s=args.budget_seconds,
         rehearsal=args.rehearse,
+        telemetry=args.telemetry,
     )
 
 
@@ -103,30 +112,41 @@ def measure(
     argv: Sequence[str],
     budget_s: float | None = None,
     rehearsal: bool = False,
+    telemetry: bool | None = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Run `plan` into `out` (default: a folder under `runs`, an unfinished one first)."""
+    """Run `plan` into `out` (default: a folder under `runs`, an unfinished one first).
+
+    telemetry: watch the device from another process; None means on a CUDA device only.
+    """
     from tqdm import tqdm
 
     from bench import environment
     from bench.slots import engine
     from bench.slots.page import write_page
+    from bench.store import TELEMETRY
+    from bench.telemetry import watching
 
     header = engine.make_header(plan, argv)
     folder = out or _folder(plan, runs, header)
     store = SlotsStore.open(folder, header)
-    store.note_session(
-        {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "argv": [environment.portable(word) for word in argv],
-            "visits_done": len(store.done),
-            "budget_s": budget_s,
-        }
-    )
+    session = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": [environment.portable(word) for word in argv],
+        "visits_done": len(store.done),
+        "budget_s": budget_s,
+    }
     say(f"record: {folder} ({len(store.done)} visits there)")
     finished = False
     try:
-        with tqdm(total=plan.visits, initial=len(store.done), unit="visit", disable=None) as bar:
+        with (
+            watching(folder / TELEMETRY, device=plan.device, wanted=telemetry) as watch,
+            tqdm(total=plan.visits, initial=len(store.done), unit="visit", disable=None) as bar,
+        ):
+            for line in watch.lines:
+                tqdm.write(line)
+            watch.idle()
+            store.note_session({**session, "telemetry": watch.note})
 
             def show(visit: Visit) -> None:
                 bar.set_description(f"{visit.job} {visit.what}")

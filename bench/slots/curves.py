@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.metrics import BOOTSTRAP_SEED, Interval
-from bench.slots.plan import Cell
+from bench.slots.plan import FORWARD, Cell
 from bench.slots.record import OK, SlotsRecord, Split, Visit
 
 DRAWS = 1000
 TOLERANCES = (0.05, 0.25)
-REFERENCES = {True: "forward:1", False: "ar"}  # of forwards; of decoders' steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +41,8 @@ class Point:
     without_head_ratio: Interval | None = None
     host_s: float | None = None
     split: Split | None = None
+    captured: bool = False
+    attention: str = "sdpa"
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -72,9 +73,23 @@ def points(record: SlotsRecord) -> list[Point]:
         for cell in job.cells:
             visits = by_cell.get(cell.key)
             if visits:
-                reference = by_cell.get((cell.job, REFERENCES[bool(cell.width)], cell.kv_len), [])
+                reference = by_cell.get((cell.job, reference_of(cell), cell.kv_len), [])
                 found.append(_point(record, cell, visits, reference, splits.get(cell.key)))
     return found
+
+
+def reference_of(cell: Cell) -> str:
+    """What a cell's time is put over: width 1, or the `ar` step run the same way."""
+    if cell.width:
+        return f"{FORWARD}1"
+    mode = step_mode(cell.what)
+    return f"ar:{mode}" if mode else "ar"
+
+
+def step_mode(label: str) -> str | None:
+    """The word graphs=N or static=N of a decoder's label; None where every step is eager."""
+    params = label.partition(":")[2].split(",")
+    return next((p for p in params if p.startswith(("graphs=", "static="))), None)
 
 
 def _point(
@@ -87,7 +102,7 @@ def _point(
     job, first = record.job(cell.job), visits[0]
     place = {
         "job": job.name, "weights": job.weights, "dtype": job.dtype, "what": cell.what,
-        "kv_len": cell.kv_len, "batch": job.batch,
+        "kv_len": cell.kv_len, "batch": job.batch, "attention": job.attention,
     }  # fmt: skip
     bad = next((visit for visit in visits if visit.status != OK), None)
     if bad:
@@ -107,6 +122,7 @@ def _point(
         without_head_ratio=ratio_interval(bare, bare_theirs) if cell.width else None,
         host_s=float(np.median([s for visit in visits for s in visit.host_s])),
         split=split,
+        captured=first.captured,
     )
 
 

@@ -23,9 +23,11 @@ from bench.slots.plan import Cell, Job, Plan
 from bench.slots.record import OK, SCHEMA, SlotsHeader, SlotsStore, Split, Visit
 from bench.slots.split import median_split, split_run
 from bench.slots.timing import FAR_LARGER, Clock, cache_bytes, ceilings
+from bench.telemetry import now
 from tidar_ref.cache import KVCache
 from tidar_ref.checkpoint import LoadedModel, load
 from tidar_ref.errors import UserError
+from tidar_ref.graphed import StaticDecoder
 from tidar_ref.masks import causal_mask, decode_mask, decode_positions
 from tidar_ref.model import Transformer
 from tidar_ref.sampling import Sampling
@@ -92,7 +94,10 @@ def run(
                 say(f"{job.name}: loading {job.weights}")
                 loaded = ((job.weights, job.dtype), _load(job, plan))
             store.note_model(environment.portable(job.weights), _describe(loaded[1]))
-            if not _Job(plan, job, loaded[1], store, budget, on_visit).run():
+            began = now()
+            finished = _Job(plan, job, loaded[1], store, budget, on_visit).run()
+            store.note_window(job.name, began, now())
+            if not finished:
                 return False
     return True
 
@@ -135,6 +140,7 @@ class _Job:
         self.budget, self.on_visit = budget, on_visit
         self.model, self.mask_id = loaded.model, loaded.source.mask_token_id
         self.device = self.model.device
+        self.model.attention = job.attention
         weights = roofline.weight_bytes(self.model.config, job.dtype)
         cache = cache_bytes(self.device)
         self.clock = Clock(
@@ -237,6 +243,9 @@ class _Job:
         [spec] = parse_decoders([cell.what])
         try:
             decoder = build_decoder(spec, self.model, mask_token_id=self.mask_id)
+            static = isinstance(decoder, StaticDecoder)
+            if static:
+                decoder.ahead = False  # the prompt's graphs are never replayed
         except UserError as error:
             return dataclasses.replace(blank, status="no decoder", detail=str(error))
         try:
@@ -247,15 +256,24 @@ class _Job:
             )
         except UserError as error:
             return dataclasses.replace(blank, status="no positions", detail=str(error))
-        if not isinstance(state.cache, KVCache):
-            raise ValueError(f"{cell.what} keeps no KVCache: its KV length cannot be set")
+        if not isinstance(getattr(state, "cache", None), KVCache):
+            return dataclasses.replace(
+                blank,
+                status="not applicable",
+                detail=f"{cell.what} keeps no KVCache, so its KV length cannot be set",
+            )
         fill_with_noise(state.cache)
         trace: list[Any] = []
+        steps = decoder.steps if static else 1
 
         def once() -> tuple[float, float]:
-            state.cache.advance([cell.kv_len - n for n in state.cache.lengths])
+            """Seconds of a step; of static steps one N-th of N replays and one read."""
+            if static:
+                decoder.rewind(state, cell.kv_len)
+            else:
+                state.cache.advance([cell.kv_len - n for n in state.cache.lengths])
             spent, host = self.clock.run([lambda: trace.append(decoder.step(state))])
-            return spent[0], host
+            return spent[0] / steps, host / steps
 
         self._settle(cell, lambda: once()[1])
         trace.clear()
@@ -264,6 +282,8 @@ class _Job:
             blank,
             width=trace[0].query_width,
             forwards=trace[0].target_forwards,
+            steps=steps,
+            captured=static and decoder.capture,
             mask="the decoder's",
             total_s=tuple(spent for spent, _ in runs),
             host_s=tuple(host for _, host in runs),

@@ -11,6 +11,7 @@ from pathlib import Path
 from bench import roofline
 from bench.metrics import Interval
 from bench.peaks import find_peak
+from bench.slots.bars import bars
 from bench.slots.curves import TOLERANCES, Point, curves, free_slots, points, slot_lines
 from bench.slots.predict import predicted_speedups, step_ratios
 from bench.slots.record import OK, SlotsRecord, read_slots
@@ -42,9 +43,10 @@ def to_markdown(record: SlotsRecord, found: Sequence[Point]) -> str:
                  f"{' with local changes' if record.header.dirty else ''}.")  # fmt: skip
     lines.append(
         f"{len(record.visits)} visits stored, {planned} planned (a cell that cannot run is visited "
-        "once). Eager forwards. Brackets: 95 % bootstrap over rounds. Masks: at widths K(K+1) "
-        "TiDAR's decode mask, else causal among the new tokens; all see the whole prefix. The head "
-        "of a bare forward has all its rows."
+        "once). Eager forwards; steps named graphs=N are CUDA graph replays, N between two reads, "
+        "steps named static=N the same code uncaptured. Brackets: 95 % bootstrap over rounds. "
+        "Masks: at widths K(K+1) TiDAR's decode mask, else causal among the new tokens; all see "
+        "the whole prefix. The head of a bare forward has all its rows."
     )
     flushed = {visit.flushed for visit in record.visits if visit.status == OK}
     words = {
@@ -57,6 +59,7 @@ def to_markdown(record: SlotsRecord, found: Sequence[Point]) -> str:
     lines += _widths(record, found)
     lines += _splits(found)
     lines += _steps(found)
+    lines += _bars(record, found)
     lines += _paper(found)
     lines += _missing(found)
     return "\n".join(lines) + "\n"
@@ -191,6 +194,19 @@ def _steps(found: Sequence[Point]) -> list[str]:
     head = ("job", "weights", "decoder", "batch", "KV", "forwards x width", "ms", "host ms",
             "in ar steps", "pays above tokens/step")  # fmt: skip
     return _section("Decoders' steps", head, rows)
+
+
+def _bars(record: SlotsRecord, found: Sequence[Point]) -> list[str]:
+    """Only where captured steps were planned: a record without them has no say."""
+    if not any("graphs=" in label for job in record.plan.jobs for label in job.decoders):
+        return []
+    rows = []
+    for bar in bars(record, found):
+        value = "" if bar.value is None else f"{bar.value:.3g}"
+        if bar.low is not None and bar.high is not None:
+            value += f" [{bar.low:.3g}, {bar.high:.3g}]"
+        rows.append((bar.what, bar.limit, value, bar.verdict))
+    return _section("Bars of graphed steps", ("what", "bar", "ours", "verdict"), rows)
 
 
 def _paper(found: Sequence[Point]) -> list[str]:

@@ -14,6 +14,7 @@ from tidar_ref.errors import UserError
 
 FORWARD = "forward:"
 WIDTHS = (1, 2, 4, 8, 16, 20, 32, 64, 72, 128, 256, 272, 512)
+ATTENTION = ("sdpa", "two_part")
 DECODERS = ("ar", "tidar:block_len=4", "tidar:block_len=8", "tidar:block_len=16")
 # A decoder that may not exist in every checkout is asked for all the same: its absence is recorded.
 
@@ -23,7 +24,8 @@ class Job:
     """One set of cells: `widths` x `kv_lens` forwards and `decoders` x `kv_lens` steps.
 
     rounds visits a cell, `samples` timed runs a visit. split: time attention, MLP, head and rest
-    apart in a pass of its own. expected_s: on the machine the plan was written for (seconds).
+    apart in a pass of its own. attention: "sdpa", or "two_part" (`tidar_ref.attention`).
+    expected_s: on the machine the plan was written for (seconds).
     """
 
     name: str
@@ -36,6 +38,7 @@ class Job:
     rounds: int = 5
     samples: int = 4
     split: bool = False
+    attention: str = "sdpa"
     expected_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -46,6 +49,10 @@ class Job:
         for name in ("batch", "rounds", "samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is below 1; give at least 1")
+        if self.attention not in ATTENTION:
+            raise UserError(
+                f"attention {self.attention!r} is unknown: use one of {', '.join(ATTENTION)}"
+            )
         if not self.kv_lens or not (self.widths or self.decoders):
             raise UserError(
                 f"job {self.name} has no cells: give KV lengths, and widths or decoders"
@@ -120,6 +127,7 @@ def slots_plan(
     seed: int,
     ceilings: bool,
     split: bool,
+    attention: str = "sdpa",
 ) -> Plan:
     """The plan of `bench slots`: one job per batch size."""
     if 1 not in widths:
@@ -128,7 +136,7 @@ def slots_plan(
         Job(
             name=f"batch{batch}", weights=weights, kv_lens=kv_lens, widths=widths,
             decoders=decoders, batch=batch, dtype=dtype, rounds=rounds, samples=samples,
-            split=split,
+            split=split, attention=attention,
         )
         for batch in dict.fromkeys(batches)
     )  # fmt: skip

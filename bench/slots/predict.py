@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bench.claims import SHAPES, Claim, load_claims
 from bench.profiles import parse_decoders
-from bench.slots.curves import Point
+from bench.slots.curves import Point, step_mode
 from bench.slots.record import OK
 
 SOURCES = ("Figure 4", "Site bar chart")
@@ -48,7 +48,10 @@ class StepRatio:
 
 
 def measured_for(claim: Claim, found: Sequence[Point]) -> list[Point]:
-    """Steps of the claim's decoder at its size, batch 1, by KV length; its own beta if measured."""
+    """Steps of the claim's decoder at its size, batch 1; its own beta if measured.
+
+    One point a KV length, eager and graphed apart.
+    """
     shape = SHAPES.get(claim.size)
     mine = [
         (dict(parse_decoders([point.what])[0].params), point)
@@ -60,7 +63,7 @@ def measured_for(claim: Claim, found: Sequence[Point]) -> list[Point]:
              if p.get("block_len") == claim.block_len and "outcomes" not in p]  # fmt: skip
     exact = [point for p, point in dense if p.get("beta", 1) == claim.beta]
     chosen = exact or [point for p, point in dense if p.get("beta", 1) == 1]
-    return list({point.kv_len: point for point in chosen}.values())
+    return list({(point.kv_len, step_mode(point.what)): point for point in chosen}.values())
 
 
 def predicted_speedups(found: Sequence[Point]) -> list[PredictedSpeedup]:

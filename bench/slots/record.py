@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.records import from_dict
 from bench.slots.plan import Job, Plan
-from bench.store import _first_difference, _LineFile, _lines, _repair, write_whole
+from bench.store import LineFile, first_difference, read_rows, repair_rows, write_whole
 from tidar_ref.errors import UserError
 
 SCHEMA = 1
@@ -25,6 +25,7 @@ HEADER, VISITS, SPLITS, MODELS = (
     "slots_models.json",
 )
 SESSIONS, CEILINGS = "slots_sessions.jsonl", "ceilings.json"
+WINDOWS = "slots_windows.jsonl"  # when each job ran, on telemetry's clock
 MUST_MATCH = ("schema", "plan", "device", "commit", "dirty")
 ENVIRONMENT_MUST_MATCH = ("cpu", "threads", "gpu", "versions")
 
@@ -49,10 +50,12 @@ class SlotsHeader:
 class Visit:
     """The samples of one visit of one cell; (job, what, kv_len, round) occurs once.
 
-    status "ok", or why there are no samples: "no memory", "no positions", "no decoder"; detail in
-    words. width: query tokens a sequence and forward. total_s: by CUDA events, on a CPU by the host
-    clock; head_s: the LM head in it (bare forwards only); host_s: by the host clock, synchronised
-    at both ends. flushed: the cache was overwritten before every sample.
+    status "ok", or why there are no samples: "no memory", "no positions", "no decoder", "not
+    applicable"; detail in words. steps: run in one sample, whose seconds are those of one;
+    captured: they were CUDA graph replays. width: query tokens a sequence and forward. total_s: by
+    CUDA events, on a CPU by the host clock; head_s: the LM head in it (bare forwards only); host_s:
+    by the host clock, synchronised at both ends. flushed: the cache was overwritten before every
+    sample.
     """
 
     job: str
@@ -67,6 +70,8 @@ class Visit:
     head_rows: int | None = None
     mask: str | None = None
     flushed: bool | None = None
+    steps: int = 1
+    captured: bool = False
     total_s: tuple[float, ...] = ()
     head_s: tuple[float, ...] = ()
     host_s: tuple[float, ...] = ()
@@ -132,9 +137,10 @@ class SlotsStore:
         self.done = {(*visit.key, visit.round) for visit in visits}
         self.failed = {v.key for v in visits if v.status != OK}
         self.split = {split.key for split in splits}
-        self._visits = _LineFile(folder / VISITS)
-        self._splits = _LineFile(folder / SPLITS)
-        self._sessions = _LineFile(folder / SESSIONS)
+        self._visits = LineFile(folder / VISITS)
+        self._splits = LineFile(folder / SPLITS)
+        self._sessions = LineFile(folder / SESSIONS)
+        self._windows = LineFile(folder / WINDOWS)
 
     @classmethod
     def open(cls, folder: Path, header: SlotsHeader) -> SlotsStore:
@@ -146,7 +152,9 @@ class SlotsStore:
                     f"cannot continue {folder}: {found}; use the settings it was begun with, or "
                     "name another folder with --out"
                 )
-            return cls(folder, _repair(folder / VISITS, Visit), _repair(folder / SPLITS, Split))
+            return cls(
+                folder, repair_rows(folder / VISITS, Visit), repair_rows(folder / SPLITS, Split)
+            )
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is not empty and no width record; name another with --out")
         try:
@@ -169,6 +177,11 @@ class SlotsStore:
     def note_session(self, values: dict[str, Any]) -> None:
         self._sessions.append(json.dumps(values, ensure_ascii=False) + "\n")
 
+    def note_window(self, job: str, began: float, ended: float) -> None:
+        """Unix seconds between which the job ran, for cutting telemetry."""
+        window = {"job": job, "began": round(began, 3), "ended": round(ended, 3)}
+        self._windows.append(json.dumps(window) + "\n")
+
     def note_model(self, weights: str, values: dict[str, Any]) -> None:
         known = _json(self.folder / MODELS) or {}
         if known.get(weights) != values:
@@ -178,7 +191,7 @@ class SlotsStore:
         write_whole(self.folder / CEILINGS, json.dumps(values, indent=1))
 
     def close(self) -> None:
-        for file in (self._visits, self._splits, self._sessions):
+        for file in (self._visits, self._splits, self._sessions, self._windows):
             file.close()
 
 
@@ -190,11 +203,11 @@ def difference(stored: SlotsHeader, wanted: SlotsHeader) -> str | None:
     """The first setting that differs, in words; None when all match."""
     a, b = (json.loads(json.dumps(asdict(header))) for header in (stored, wanted))
     for name in MUST_MATCH:
-        if found := _first_difference(name, a[name], b[name]):
+        if found := first_difference(name, a[name], b[name]):
             return found
     for name in ENVIRONMENT_MUST_MATCH:
         before, after = a["environment"].get(name), b["environment"].get(name)
-        if found := _first_difference(f"environment.{name}", before, after):
+        if found := first_difference(f"environment.{name}", before, after):
             return found
     return None
 
@@ -220,8 +233,8 @@ def read_slots(folder: Path) -> SlotsRecord:
         name=folder.resolve().name,
         header=header,
         plan=plan_of(header),
-        visits=tuple(row for row, _ in _lines(folder / VISITS, Visit)),
-        splits=tuple(row for row, _ in _lines(folder / SPLITS, Split)),
+        visits=tuple(row for row, _ in read_rows(folder / VISITS, Visit)),
+        splits=tuple(row for row, _ in read_rows(folder / SPLITS, Split)),
         models=_json(folder / MODELS) or {},
         ceilings=_json(folder / CEILINGS),
     )

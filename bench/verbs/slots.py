@@ -24,6 +24,12 @@ def add(verbs: Any) -> None:
     slots.add_argument("--rounds", type=int, default=8, help="visits of each cell")
     slots.add_argument("--samples", type=int, default=4, help="timed runs a visit")
     slots.add_argument("--seed", type=int, default=0)
+    slots.add_argument("--attention", default="sdpa", help="sdpa or two_part")
+    slots.add_argument(
+        "--telemetry",
+        action=argparse.BooleanOptionalAction,
+        help="watch power, clocks and counters (default: on a GPU)",
+    )
     slots.add_argument("--no-split", action="store_true", help="skip attention, MLP, head, rest")
     slots.add_argument("--ceilings", action="store_true", help="measure copy, read, matrix rates")
     slots.add_argument("--tables", type=Path, metavar="RECORD", help="only make its tables again")
