@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +28,6 @@ def point(what: str, seconds: float, ratio: float, **changes: Any) -> curves.Poi
 
 
 def judged(*found: curves.Point) -> dict[str, bars.Bar]:
-    import dataclasses
-
     config = dataclasses.asdict(shape("qwen3-8b").config)
     record: Any = SimpleNamespace(
         models={"random:qwen3-8b": {"config": config}},
@@ -51,14 +50,18 @@ def test_each_bar_is_passed_failed_or_open() -> None:
     assert bad["floor"].verdict == bad["K8 8b"].verdict == "failed"
     assert bad["K16 8b"].verdict == "open: the interval holds the limit"
     assert bad["host ar"].verdict.startswith("failed")
-    once = point(K8, 0.0058, 1.05, ratio=Interval(value=1.05, low=None, high=None, n=1))
-    assert judged(once)["K8 8b"].verdict.startswith("open")
+    once = Interval(value=1.05, low=None, high=None, n=1)
+    assert judged(dataclasses.replace(point(K8, 0.0058, 1.05), ratio=once))[
+        "K8 8b"
+    ].verdict.startswith("open")
 
 
 def test_only_captured_plain_steps_count() -> None:
+    good = point(K16, 0.0065, 1.18)
+    assert judged(good)["K16 8b"].value == 1.18
     for changes in (
         {"captured": False}, {"kv_len": 4096}, {"batch": 16}, {"attention": "two_part"},
         {"weights": "random:qwen2.5-1.5b-other"}, {"status": "no memory"},
         {"what": "tidar:block_len=16,beta=0,graphs=8"},
     ):  # fmt: skip
-        assert judged(point(K16, 0.0065, 1.18, **changes))["K16 8b"].value is None, changes
+        assert judged(dataclasses.replace(good, **changes))["K16 8b"].value is None, changes
