@@ -115,6 +115,12 @@ def test_width_curves_get_their_own_row(record: Path, tmp_path: Path) -> None:
     figure = figures.draw("figure1", figures.gather([folder]))
     assert "ours: curve" in texts(figure) and "no record" not in texts(figure)
     assert {(1.0, 1.0), (4.0, 4.0), (9.0, 9.0)} <= points(figure, "total")
+    named = [json.dumps({**row, "weights": "random:tiny"}) + "\n" for row in rows]
+    (folder / "slots.jsonl").write_text("".join(named))
+    ours = figures.gather([folder])
+    assert "ours: random:tiny, curve" in texts(figures.draw("figure1", ours))
+    spots = figures.spots("figure1", ours)
+    assert [(s.panel, s.x, s.y) for s in spots] == [("past KV 64", w, w) for w in (1, 4, 9)]
 
 
 def test_every_series_differs_in_grey() -> None:

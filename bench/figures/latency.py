@@ -83,7 +83,8 @@ def _ours(row: Any, name: str, rows: list[dict[str, Any]]) -> None:
             )
             if points:
                 axis.plot(*zip(*points, strict=True), label=part, **{**look, "mfc": "white"})
-        _axis(axis, f"ours: {name}\npast KV {kv_len}")
+        weights = dict.fromkeys(point["weights"] for point in mine if point.get("weights"))
+        _axis(axis, f"ours: {', '.join((*weights, name))}\npast KV {kv_len}")
     for axis in row[len(lengths) :]:
         axis.set_axis_off()
 
