@@ -237,6 +237,16 @@ def serve() -> None:
         print(json.dumps(reply), file=replies, flush=True)
 
 
+def _only_the_path_provides() -> None:
+    """Drop the finders of editable installs: they would fill a base's gaps with head's modules."""
+    sys.meta_path[:] = [
+        finder
+        for finder in sys.meta_path
+        if not getattr(finder, "__module__", "").startswith("__editable__")
+    ]
+
+
 if __name__ == "__main__":
+    _only_the_path_provides()
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches every process; one answers it
         serve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,10 @@ from bench.metrics import Interval
 from bench.slots import curves, engine, page
 from bench.slots.plan import Job, Plan, slots_plan
 from bench.slots.predict import predicted_speedups, step_ratios
-from bench.slots.record import OK, VISITS, SlotsStore, Visit, read_slots
+from bench.slots.record import OK, VISITS, WINDOWS, SlotsStore, Visit, read_slots
 from bench.slots.split import split_run
 from bench.slots.timing import Clock
+from bench.store import TELEMETRY
 from tidar_ref.checkpoint import load
 from tidar_ref.errors import UserError
 
@@ -148,10 +150,24 @@ def test_static_steps_and_routes_reach_the_record(tmp_path: Path) -> None:
     assert refused.status == "no decoder" and "--device cuda" in (refused.detail or "")
     visits = read_slots(tmp_path / "r").visits
     assert {v.steps for v in visits if "static" in v.what} == {3}
-    [window] = map(json.loads, (tmp_path / "r" / "slots_windows.jsonl").read_text().splitlines())
+    [window] = map(json.loads, (tmp_path / "r" / WINDOWS).read_text().splitlines())
     assert window["job"] == "batch2" and window["began"] < window["ended"]
     with pytest.raises(UserError, match="attention"):
         plan_of(attention="flash")
+
+
+def test_telemetry_is_cut_by_the_jobs_windows(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    shutil.copytree(finished, folder)
+    assert "The device while each job ran" not in page.write_page(folder)  # nobody watched
+    [window] = map(json.loads, (folder / WINDOWS).read_text().splitlines())
+    sample = {"kind": "sample", "sm_clock_mhz": 1500, "power_w": 300.0, "sm_active": 0.5}
+    strange = {**sample, "sm_clock_mhz": 200}  # before and behind the job
+    lines = [{"kind": "start", "t": window["began"] - 9, "interval_s": 0.2, "absent": {}}]
+    lines += [{**strange, "t": window["began"] - 1}, {**strange, "t": window["ended"] + 1}]
+    lines += [{**sample, "t": (window["began"] + window["ended"]) / 2}]
+    (folder / TELEMETRY).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "| 1 | 1500 [1500, 1500] | 300 | 50.0% |" in page.write_page(folder)
 
 
 def test_the_split_refuses_layers_it_did_not_see() -> None:

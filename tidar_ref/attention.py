@@ -40,6 +40,7 @@ class TwoPart:
         new = new_mask if new_mask.dim() == 3 else new_mask[None]
         self.new_bias = _bias(new, dtype).repeat(1, groups, 1)[:, None]  # [B or 1, 1, G*Q, S]
         self.prefix_bias: Tensor | None = None
+        self.empty: Tensor | None = None  # [B, 1, 1]: rows without a prefix
         self.index: Tensor | None = None
         if cache.uniform:
             self.free, self.end = cache.lengths[0] - (seen - width), cache.lengths[0] + width
@@ -50,6 +51,7 @@ class TwoPart:
         slots = torch.arange(max(cache.lengths), device=device)
         self.free, self.end = max(cache.lengths), max(cache.lengths) + width
         self.prefix_bias = _bias(slots[None] < free[:, None], dtype)[:, None, None]
+        self.empty = (free <= 0)[:, None, None]
         places = free[:, None] + torch.arange(seen, device=device)
         self.index = places[:, None, :, None].expand(batch, 1, seen, 1)
 
@@ -66,8 +68,11 @@ class TwoPart:
         new = masked_part(q, new_keys, new_values, self.new_bias)
         if self.free == 0:
             return new[0].to(q.dtype)
-        prefix = part(q, keys[:, :, : self.free], values[:, :, : self.free], self.prefix_bias)
-        return merge(prefix, new).to(q.dtype)
+        out, lse = part(q, keys[:, :, : self.free], values[:, :, : self.free], self.prefix_bias)
+        if self.empty is not None:  # what a kernel gives for no key at all is its own affair
+            out = out.masked_fill(self.empty[..., None], 0.0)
+            lse = lse.masked_fill(self.empty, float("-inf"))
+        return merge((out, lse), new).to(q.dtype)
 
 
 def part(q: Tensor, keys: Tensor, values: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -76,7 +81,7 @@ def part(q: Tensor, keys: Tensor, values: Tensor, key_bias: Tensor | None) -> tu
     key_bias [B, 1, 1, L] or None: the same for every query. On CUDA in half precision the kernels
     of `scaled_dot_product_attention` that return the log-sum-exp; elsewhere two matrix products.
     """
-    half = q.dtype in (torch.bfloat16, torch.float16)
+    half = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
     if q.is_cuda and half and key_bias is None:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             q, keys, values, 0.0, False, False

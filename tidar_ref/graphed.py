@@ -283,7 +283,8 @@ class StaticDecoder:
     def _graph(self, buffers: Buffers, bound: int) -> torch.cuda.CUDAGraph:
         """The graph of the view of `bound` slots, captured when it is first asked for."""
         if bound not in buffers.graphs:
-            buffers.graphs[bound] = self._captured(buffers, lambda: self._turn(buffers, bound))
+            with torch.cuda.device(buffers.at.device):  # streams are made on the current one
+                buffers.graphs[bound] = self._captured(buffers, lambda: self._turn(buffers, bound))
         return buffers.graphs[bound]
 
     def _captured(self, buffers: Buffers, run: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -304,7 +304,7 @@ class TidarDecoder:
 
     def _without_mask_token(self, hidden: Tensor) -> Tensor:
         logits = self.model.lm_head(hidden)
-        logits[..., self.mask_token_id] = float("-inf")
+        logits[..., self.mask_token_id].fill_(float("-inf"))
         return logits
 
 

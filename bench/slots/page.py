@@ -11,6 +11,7 @@ from pathlib import Path
 from bench import roofline
 from bench.metrics import Interval
 from bench.peaks import find_peak
+from bench.slots import watched
 from bench.slots.bars import bars
 from bench.slots.curves import TOLERANCES, Point, curves, free_slots, points, slot_lines
 from bench.slots.predict import predicted_speedups, step_ratios
@@ -26,6 +27,8 @@ def write_page(folder: Path) -> str:
     record = read_slots(folder)
     found = points(record)
     text = to_markdown(record, found)
+    device = _section("The device while each job ran (medians)", watched.HEAD, watched.rows(folder))
+    text += "".join(f"{line}\n" for line in device)
     write_whole(folder / PAGE, text)
     write_whole(folder / CELLS, to_csv(record, found))
     lines = slot_lines(record, found)
