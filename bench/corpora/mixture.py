@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TEMPLATE_SEED = 1
 PYTHON, PYTHON_BYTES = "python-sources", 60_000_000
+FEW = 100  # a rehearsal asks for fewer and does not wait for thousands
 SOURCES = ("gsm8k-chains", "templates", "mbpp-clean", "gpteacher", "python")
 
 
@@ -49,7 +50,9 @@ def pairs_of(source: str, count: int | None, data_dir: Path | None) -> list[Pair
             )
         return gsm8k_chains(data_dir / "gsm8k" / "train.jsonl")
     if source == "templates":
-        return template_pairs(max(20_000, (count or 0) * 11 // 10), seed=TEMPLATE_SEED)
+        few = count is not None and count < FEW
+        made = 10 * count if few else max(20_000, (count or 0) * 11 // 10)
+        return template_pairs(made, seed=TEMPLATE_SEED)
     if source == "mbpp-clean":
         return mbpp_pairs(data_dir)
     if source == "gpteacher":
