@@ -63,10 +63,12 @@ def text(name: str, notes: dict[str, Any], log: list[dict[str, Any]]) -> str:
         )
     lines += ["", f"Compared with: {', '.join(sorted(checked)) or 'no test set'}."]
     if "distilled_by" in corpus:
+        named = corpus.get("distilled_sources", list(corpus["sources"]))  # once: always all
+        count = sum(corpus["sources"][source]["documents"] for source in named)
         lines.append(
-            f"Answers were written by {corpus['distilled_by']} (greedy): {corpus['same_as_source']}"
-            f" of {corpus['documents']} equal the source's, {corpus['cut_at_the_limit']} were cut"
-            " at the length limit."
+            f"Answers of {', '.join(named)} were written by {corpus['distilled_by']} (greedy): "
+            f"{corpus['same_as_source']} of {count} equal the source's, "
+            f"{corpus['cut_at_the_limit']} were cut at the length limit."
         )
     last = log[-LAST_STEPS:]
     lines += ["", f"## Losses (mean of the last {len(last)} steps)", ""]

@@ -25,7 +25,7 @@ BATCH = 16  # prompts decoded together on a CPU; a GPU takes more
 
 
 def distilled(corpus: Corpus, loaded: LoadedModel, recipe: Recipe, out: Path) -> Corpus:
-    """The corpus with every response replaced by the model's own greedy answer.
+    """The corpus with each response of the distilled sources replaced by the model's own answer.
 
     Answers are appended to out/distilled.jsonl as they come; those already there are used again.
     Prompts of like length are decoded together.
@@ -41,15 +41,18 @@ def distilled(corpus: Corpus, loaded: LoadedModel, recipe: Recipe, out: Path) ->
     answers = _read(path)
     decoder = build(loaded.model)
     eos = frozenset(loaded.source.eos_token_ids)
+    chosen = [index for index, source in enumerate(corpus.sources) if source in recipe.distil]
     order = sorted(
-        (index for index, pair in enumerate(corpus.pairs) if pair.id not in answers),
+        (index for index in chosen if corpus.pairs[index].id not in answers),
         key=lambda index: len(corpus.examples[index].prompt),
     )
-    if any(not example.prompt for example in corpus.examples):
+    if any(not corpus.examples[index].prompt for index in chosen):
         raise UserError(f"recipe {recipe.name} distils plain text, which asks nothing: drop it")
     with (
         path.open("a", encoding="utf-8") as file,
-        tqdm(total=len(corpus.pairs), initial=len(answers), unit="answer", disable=None) as bar,
+        tqdm(
+            total=len(chosen), initial=len(chosen) - len(order), unit="answer", disable=None
+        ) as bar,
     ):
         batch = BATCH if loaded.model.device.type == "cpu" else 16 * BATCH
         for start in range(0, len(order), batch):
@@ -66,16 +69,18 @@ def distilled(corpus: Corpus, loaded: LoadedModel, recipe: Recipe, out: Path) ->
                 file.write(json.dumps({"id": identity, "ids": trace.token_ids}) + "\n")
             file.flush()
             bar.update(len(group))
-    examples = [
-        Example(prompt=example.prompt, response=answers[pair.id])
-        for pair, example in zip(corpus.pairs, corpus.examples, strict=True)
-    ]
+    examples = list(corpus.examples)
+    for index in chosen:
+        answer = answers[corpus.pairs[index].id]
+        examples[index] = Example(prompt=examples[index].prompt, response=answer)
+    ours = [examples[index] for index in chosen]
     report = {
         **corpus.report,
         "distilled_by": loaded.source.name,
-        "distilled_tokens": sum(len(example.response) for example in examples),
-        "same_as_source": _same(examples, corpus.examples),
-        "cut_at_the_limit": sum(example.response[-1] not in eos for example in examples),
+        "distilled_sources": list(recipe.distil),
+        "distilled_tokens": sum(len(example.response) for example in ours),
+        "same_as_source": _same(ours, [corpus.examples[index] for index in chosen]),
+        "cut_at_the_limit": sum(example.response[-1] not in eos for example in ours),
     }
     return dataclasses.replace(corpus, examples=tuple(examples), report=report)
 

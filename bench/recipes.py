@@ -27,8 +27,8 @@ class Recipe:
 
     weights: what `tidar_ref.checkpoint.load` takes. objective, adapter (None: all parameters) and
     train are the keyword arguments of the classes of tidar_ref.training. Documents of more than
-    max_tokens are left out (counted in the card), plain text is cut. distil: answers of up to
-    answer_tokens are written by the weights themselves (greedy) instead of taken from the sources.
+    max_tokens are left out (counted in the card), plain text is cut. distil: names of the sources
+    whose answers, of up to answer_tokens, the weights write themselves (greedy).
     learn, stored_rank: of a full fine-tune (adapter None): "products" trains what a low-rank
     difference can hold (the matrices of every layer, the mask token's row), "all" every parameter;
     the difference to the base is kept at this rank. compiled: torch.compile on all but attention.
@@ -44,7 +44,7 @@ class Recipe:
     mixture: tuple[Source, ...]
     adapter: dict[str, Any] | None = field(default_factory=lambda: dict(rank=32, alpha=32.0))
     max_tokens: int = 4096
-    distil: bool = False
+    distil: tuple[str, ...] = ()
     answer_tokens: int = 64
     dtype: str = "float32"
     device: str = "auto"
@@ -83,6 +83,16 @@ SMOLLM2_TIDAR_MORE = dataclasses.replace(
     train={**{k: v for k, v in SMOLLM2_TRAIN.items() if k != "steps"}, "minutes": 45, "lr": 1e-3},
     mixture=(Source(name="gsm8k-chains", count=1_800), Source(name="templates", count=5_000)),
 )
+SMOLLM2_TIDAR_OWN = dataclasses.replace(
+    SMOLLM2_TIDAR_MORE,
+    name="smollm2-tidar-own",
+    purpose="trained on with its own GSM8K chains, the very text it drafts, and new templates",
+    weights="embedded+smollm2-tidar+smollm2-tidar-more",
+    train={**SMOLLM2_TIDAR_MORE.train, "minutes": 90},
+    mixture=(Source(name="gsm8k-chains", count=2_600), Source(name="templates", count=3_400)),
+    distil=("gsm8k-chains",),
+    max_tokens=112,
+)
 SMOLLM2_FULL = dataclasses.replace(
     SMOLLM2_TIDAR,
     name="smollm2-tidar-full",
@@ -99,7 +109,7 @@ SMOLLM2_GATED = dataclasses.replace(
     adapter=dict(rank=64, alpha=64.0, placement="mask"),
     train={**SMOLLM2_TRAIN, "steps": 100},
     mixture=(Source(name="gsm8k-chains", count=540), Source(name="templates", count=260)),
-    distil=True,
+    distil=("gsm8k-chains", "templates"),
 )
 SMOLLM2_BLOCK = dataclasses.replace(
     SMOLLM2_AR,
@@ -187,7 +197,7 @@ H100_SMALL_GATED = Recipe(
     train={**H100_TRAIN, "minutes": 15, "batch": 64, "micro_batch": 32},
     mixture=SMALL_MIX,
     max_tokens=512,
-    distil=True,
+    distil=tuple(source.name for source in SMALL_MIX),
     answer_tokens=256,
     dtype="bfloat16",
     device="cuda",
@@ -221,11 +231,11 @@ H100_HEADS = tuple(
         train={**of.train, "lr": 5e-4, "clip": 0.5},
     )
     for name, of, distil, purpose in (
-        ("h100-smollm2-eagle3", H100_EMBEDDED[0], False, "an EAGLE-3 head for the embedded tier"),
+        ("h100-smollm2-eagle3", H100_EMBEDDED[0], (), "an EAGLE-3 head for the embedded tier"),
         (
             "h100-qwen0.5b-eagle3",
             H100_SMALL_GATED,
-            True,
+            H100_SMALL_GATED.distil,
             "an EAGLE-3 head for Qwen2.5-Coder-0.5B-Instruct's own answers",
         ),
     )
@@ -238,6 +248,7 @@ RECIPES: dict[str, Recipe] = {
         SMOLLM2_TIDAR,
         SMOLLM2_FULL,
         SMOLLM2_TIDAR_MORE,
+        SMOLLM2_TIDAR_OWN,
         SMOLLM2_GATED,
         SMOLLM2_BLOCK,
         SMOLLM2_RANDOM_MASK,

@@ -173,6 +173,7 @@ def rehearsal(recipe: Recipe) -> Recipe:
             "micro_batch": 2,
         },
         mixture=(Source(name="templates", count=24),),
+        distil=("templates",) if recipe.distil else (),
         max_tokens=512,
     )
 

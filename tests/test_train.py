@@ -206,8 +206,9 @@ def test_distilled_answers_are_the_models_own_and_are_kept(tmp_path: Path) -> No
     from tidar_ref.decoding import generate
 
     recipe = dataclasses.replace(
-        rehearsal(get_recipe("smollm2-tidar-gated")), mixture=(Source(name="templates", count=5),)
+        rehearsal(get_recipe("smollm2-tidar-own")), mixture=(Source(name="templates", count=5),)
     )
+    assert get_recipe("smollm2-tidar-own").distil and recipe.distil == ("templates",)
     loaded = load("random:tiny", prepare=False)
     eos = loaded.source.eos_token_ids
     corpus = mixture.build(
@@ -227,6 +228,8 @@ def test_distilled_answers_are_the_models_own_and_are_kept(tmp_path: Path) -> No
     again = distilled(corpus, loaded, recipe, tmp_path)
     assert again.examples == made.examples
     assert len(path.read_text().splitlines()) == 5
+    untouched = dataclasses.replace(recipe, distil=("gsm8k-chains",))
+    assert distilled(corpus, loaded, untouched, tmp_path / "other").examples == corpus.examples
 
 
 @pytest.mark.parametrize(

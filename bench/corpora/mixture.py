@@ -30,10 +30,12 @@ SOURCES = ("gsm8k-chains", "templates", "mbpp-clean", "gpteacher", "python")
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Pairs with their examples, and what was left out and why (JSON-able, for the card)."""
+    """Pairs, their examples, the mixture's name for each one's source, and what was left out and
+    why (JSON-able, for the card)."""
 
     pairs: tuple[Pair, ...]
     examples: tuple[Example, ...]
+    sources: tuple[str, ...]
     report: dict[str, Any]
 
 
@@ -78,7 +80,7 @@ def build(
     """
     from tidar_ref.training.rows import Example
 
-    chosen: list[tuple[Pair, Example]] = []
+    chosen: list[tuple[Pair, Example, str]] = []
     report: dict[str, Any] = {"sources": {}, "max_tokens": recipe.max_tokens}
     for source in recipe.mixture:
         pairs = pairs_of(source.name, source.count, data_dir)
@@ -110,13 +112,14 @@ def build(
             "too_long": too_long,
             "hygiene": hygiene,
         }
-        chosen += fitting
+        chosen += [(pair, example, source.name) for pair, example in fitting]
     random.Random(f"mixture/{seed}").shuffle(chosen)
     report["documents"] = len(chosen)
-    report["by_source"] = dict(Counter(pair.source for pair, _ in chosen))
+    report["by_source"] = dict(Counter(pair.source for pair, *_ in chosen))
     return Corpus(
-        pairs=tuple(pair for pair, _ in chosen),
-        examples=tuple(example for _, example in chosen),
+        pairs=tuple(pair for pair, _, _ in chosen),
+        examples=tuple(example for _, example, _ in chosen),
+        sources=tuple(source for _, _, source in chosen),
         report=report,
     )
 
