@@ -88,8 +88,8 @@ SMOLLM2_TIDAR_OWN = dataclasses.replace(
     name="smollm2-tidar-own",
     purpose="trained on with its own GSM8K chains, the very text it drafts, and new templates",
     weights="embedded+smollm2-tidar+smollm2-tidar-more",
-    train={**SMOLLM2_TIDAR_MORE.train, "minutes": 90},
-    mixture=(Source(name="gsm8k-chains", count=2_600), Source(name="templates", count=3_400)),
+    train={**SMOLLM2_TIDAR_MORE.train, "minutes": 75},
+    mixture=(Source(name="gsm8k-chains", count=1_500), Source(name="templates", count=2_500)),
     distil=("gsm8k-chains",),
     max_tokens=112,
 )
