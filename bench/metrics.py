@@ -189,6 +189,26 @@ def speedup(
     return Interval(value=value, low=low, high=high, n=len(order))
 
 
+def tokens_per_nfe_interval(
+    rows: Sequence[Measurement], *, seed: int = BOOTSTRAP_SEED
+) -> Interval | None:
+    """`tokens_per_nfe` with a bootstrap interval over problems, repeats summed."""
+    value = tokens_per_nfe(rows)
+    if value is None:
+        return None
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for row in rows:
+        tokens, forwards = sums.get((row.task, row.problem), (0, 0))
+        sums[row.task, row.problem] = (tokens + row.decode_tokens, forwards + row.decode_forwards)
+    low = high = None
+    if len(sums) > 1:
+        table = np.array([sums[problem] for problem in sorted(sums)], dtype=float)
+        drawn = table[_draws(len(sums), seed)].sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            low, high = _percentiles(drawn[:, 0] / drawn[:, 1])
+    return Interval(value=value, low=low, high=high, n=len(sums))
+
+
 def score_interval(per_problem: Mapping[str, float]) -> Interval | None:
     """Mean of per-problem scores in 0..1 with Wilson's interval."""
     return wilson(sum(per_problem.values()), len(per_problem))

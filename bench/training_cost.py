@@ -121,6 +121,10 @@ class PaperRun:
     length: int = 4096
 
 
+# How the first of them would start on a node of 8 GPUs; nothing of this size has been run here.
+LAUNCH = """\
+torchrun --nproc-per-node 8 -m bench train --recipe smollm2-tidar-full \\
+    --weights Qwen/Qwen2.5-1.5B --block-lens 16 --tokens 50000000000 --lr 1e-5 --device cuda"""
 PAPER_RUNS = (
     # The three block lengths differ by a few thousandths of the attention.
     PaperRun(name="1.5B, each of K = 4, 8, 16", shape="qwen2.5-1.5b", tokens=50e9, block_len=16),

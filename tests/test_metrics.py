@@ -21,6 +21,17 @@ def test_ratios_are_ratios_of_sums() -> None:
     assert metrics.prefill_s(rows) == pytest.approx(0.5)
 
 
+def test_tokens_per_nfe_interval_draws_problems() -> None:
+    """Two problems: a draw holds one, the other or both, so the bounds are the lone ratios."""
+    slow = row(problem="a", output_tokens=5, decode_forwards=4)
+    quick = [row(problem="b", repeat=r, output_tokens=7, decode_forwards=2) for r in (0, 1)]
+    found = metrics.tokens_per_nfe_interval([slow, *quick])
+    assert (found.value, found.low, found.high, found.n) == (16 / 8, 1.0, 3.0, 2)
+    alone = metrics.tokens_per_nfe_interval([slow])
+    assert (alone.value, alone.low, alone.high) == (1.0, None, None)
+    assert metrics.tokens_per_nfe_interval([]) is None
+
+
 def test_plain_ar_is_exactly_one() -> None:
     rows = [row(), row(output_tokens=4, decode_forwards=3, acceptance_histogram=(0, 3))]
     assert metrics.tokens_per_nfe(rows) == 1.0

@@ -159,7 +159,8 @@ def test_a_worker_says_what_is_wrong_and_ends(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown decoder 'beam'"):
         interleaved.Worker(ROOT, {**SETTINGS, "words": ["beam"]})
     # A folder without the packages: whatever Python finds instead must not be measured.
-    with pytest.raises(UserError, match="ended with code|imported the packages of|No module named 'bench'"):
+    said = "ended with code|imported the packages of|No module named 'bench'"
+    with pytest.raises(UserError, match=said):
         interleaved.Worker(tmp_path, SETTINGS)
 
 

@@ -23,6 +23,7 @@ from bench.cli import main
 from bench.records import Measurement, ScoreRecord, StepRecord, ids_sha
 from bench.report import markup, plots
 from bench.report.build import build, twin, write_report
+from bench.report.miniature import miniature, system_name
 from bench.report.paper import paper_figure
 from bench.report.player import (
     embedded,
@@ -34,6 +35,7 @@ from bench.report.player import (
 )
 from bench.report.source import Source
 from bench.store import RunStore, read_record, read_steps, read_vocabulary
+from bench.training_cost import LAUNCH
 from tidar_ref.errors import UserError
 
 DENSE = "tidar:block_len=4,beta=1"
@@ -679,3 +681,44 @@ def test_the_player_shows_what_the_ledger_says(
     assert tab.run("document.querySelectorAll('#draft .accepted').length") == 0
     assert tab.run("document.getElementById('slider').max") == str(len(WORDS) - 1)
     assert tab.console == []
+
+
+# --- the paper's systems in miniature ----------------------------------------------------------
+
+MINIATURE = Path(__file__).parents[1] / "results" / "records" / "2026-11-23_cpu2_miniature"
+
+
+def test_systems_are_named_and_their_numbers_are_the_records() -> None:
+    """Counted again from the record's lines; a stack of adapters sums what it was trained on."""
+    found = miniature([Source(folder=MINIATURE, record=read_record(MINIATURE))])
+    assert found is not None
+    text = "\n\n".join(map(markup.part_markdown, found.parts))
+    label = "tidar:weights=smollm2-tidar+smollm2-tidar-more,block_len=4,beta=1"
+    rows = [json.loads(line) for line in (MINIATURE / "measurements.jsonl").open()]
+    mine = [r for r in rows if r["decoder"] == label and r["task"] == "gsm8k_chain"]
+    prefill = [len(mine), sum(r["output_tokens"] for r in mine)]
+    ratio = (prefill[1] - prefill[0]) / sum(r["decode_forwards"] for r in mine)
+    [line] = [x for x in text.splitlines() if "K=4, trust AR" in x and "smollm2-tidar-more" in x]
+    assert line.startswith("| TiDAR, K=4, trust AR, full masks | 300,165 tokens, 585 steps, seed 0")
+    assert f"| {ratio:.2f} [" in line
+    assert "| AR, untrained | nothing of ours |" in text and "| AR, fine-tuned |" in text
+    assert "| Block diffusion, K=4, threshold 0.9 |" in text
+    missing = text[text.index("Systems that are missing") :]
+    assert "smollm2-tidar-random-mask" in missing and "| smollm2-ar |" not in missing
+    assert "| 1.5B, each of K = 4, 8, 16 |" in missing and LAUNCH in missing
+
+
+def test_systems_of_other_training_have_other_names() -> None:
+    notes = {
+        "joint": {"recipe": {"objective": {"kind": "tidar", "masking": "random"}}},
+        "gate": {"recipe": {"objective": {"kind": "tidar"}}, "placement": "mask"},
+    }
+    tidar = {"name": "tidar", "params": {"block_len": 8, "beta": 0.0}}
+    assert system_name(tidar, ["joint"], notes) == "TiDAR, K=8, trust diffusion, random masks"
+    tidar["params"]["beta"] = 0.5
+    assert system_name(tidar, ["gate"], notes) == "TiDAR, K=8, beta 0.5, full masks, gated"
+    assert system_name({"name": "ar"}, ["joint"], notes) == "AR, the AR half of TiDAR"
+
+
+def test_a_record_of_one_system_has_no_miniature(record: Path) -> None:
+    assert miniature([Source(folder=record, record=read_record(record))]) is None

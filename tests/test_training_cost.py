@@ -15,6 +15,7 @@ from bench import cli
 from bench.peaks import find_peak
 from bench.recipes import get_recipe
 from bench.training_cost import (
+    LAUNCH,
     PAPER_RUNS,
     Learning,
     counter,
@@ -163,3 +164,7 @@ def test_the_docs_show_this_estimate() -> None:
     for gpu, gpus, words in (("abacus", 8, "'abacus'"), ("h100", 0, "0 GPUs")):
         with pytest.raises(UserError, match=words):
             estimate(mfu=0.4, gpu=gpu, gpus=gpus)
+
+
+def test_the_documents_launch_is_the_reports() -> None:
+    assert LAUNCH in (Path(__file__).parents[1] / "docs" / "training.md").read_text()

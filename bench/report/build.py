@@ -18,6 +18,7 @@ from bench.report.claims import claims
 from bench.report.costs import utilisation, widths
 from bench.report.headline import headline
 from bench.report.markup import Section, part_html, part_markdown
+from bench.report.miniature import miniature
 from bench.report.player import HOW_TO_READ, examples, player
 from bench.report.provenance import environment, reproduce, validity
 from bench.report.quality import quality
@@ -89,6 +90,7 @@ def build(
         watch,
         results(sources),
         step_costs(sources),
+        miniature(sources),
         quality(sources, ours),
         acceptance(sources),
         widths(sources, curves, ours),
