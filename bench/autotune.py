@@ -11,11 +11,12 @@ import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from bench import metrics
+from bench import metrics, validity
 from bench.prediction import Prediction, WidthCurve, hazards, predict, search
 from bench.records import Measurement
 from bench.slots.tuning import Widths, beside_steps, read_tuning
 from bench.store import RunRecord, read_record, read_steps
+from bench.validity import COUNTS, SPEED, lettered
 from tidar_ref.errors import UserError
 
 DENSE = ("tidar", "tidar_two_forward")
@@ -86,6 +87,7 @@ def report(
         curve = read_widths(widths)
     found = search(c, curve, beta=params.get("beta", 1.0))
     base = next(p for p in found if p.decoder == "ar")
+    marks = validity.Marks(validity.flags_of(record))
     return "\n".join(
         [
             f"# Auto-tuning from {record.name}",
@@ -94,7 +96,7 @@ def report(
             f"Width curve: {curve.source}, {curve.widths[0]} to {curve.widths[-1]} tokens.",
             *_not_comparable(measured),
             "",
-            "| right given right before it, slot | " + " | ".join(map(str, range(1, len(c) + 1))),
+            f"| right given right before it, slot | {' | '.join(map(str, range(1, len(c) + 1)))} |",
             "| --- |" + " --- |" * len(c),
             "| share of steps | " + " | ".join(f"{share:.2f}" for share in c) + " |",
             "",
@@ -108,7 +110,9 @@ def report(
             "",
             "| decoder | tokens/step | measured | tokens/s | measured | speedup | measured |",
             "| --- | --- | --- | --- | --- | --- | --- |",
-            *_beside(record, task, c, curve, base),
+            *_beside(record, label, task, c, curve, base, marks),
+            "",
+            *lettered(marks),
             "",
             *_measured_steps(measured, c),
         ]
@@ -192,29 +196,44 @@ def _predicted(p: Prediction, base: Prediction) -> str:
 
 def _beside(
     record: RunRecord,
+    learned: str,
     task: str | None,
     c: tuple[float, ...],
     curve: WidthCurve,
     base: Prediction,
+    marks: validity.Marks,
 ) -> Iterator[str]:
+    """Rows of the decoders on the weights that `learned` ran on; flagged numbers say so."""
+    decoders = record.header.decoders
+    weights = decoders[learned].get("weights")
     chosen = [row for row in record.measurements if task in (None, row.task)]
-    reference = [row for row in chosen if row.decoder == "ar"]
-    for label, made in record.header.decoders.items():
-        rows = [row for row in chosen if row.decoder == label]
-        if made["name"] not in ("ar", *DENSE) or not rows:
+    tasks = [name for name in record.header.problems if task in (None, name)]
+    mine = {
+        label: [row for row in chosen if row.decoder == label]
+        for label, made in decoders.items()
+        if made.get("weights") == weights and made["name"] in ("ar", *DENSE)
+    }
+    ar = next((label for label in mine if decoders[label]["name"] == "ar"), None)
+    for label, rows in mine.items():
+        if not rows:
             continue
+        made = decoders[label]
         try:
             p = predict(made["name"], made["params"], c, curve)
         except UserError as error:
             yield f"| {label} | not predicted: {error} | | | | | |"
             continue
-        faster = metrics.speedup(rows, reference) if label != "ar" else None
-        length, rate = metrics.acceptance_length(rows), metrics.tokens_per_s(rows)
+        faster = metrics.speedup(rows, mine[ar]) if ar and label != ar else None
+        own = [(label, name) for name in tasks]
+        both = [(name, t) for name in (label, ar or label) for t in tasks]
+        length = _cell(metrics.acceptance_length(rows), ".2f")
+        rate = _cell(metrics.tokens_per_s(rows), ".1f")
+        ratio = _cell(faster.value if faster else None, ".2f", "x")
         yield (
-            f"| {label} | {p.tokens_per_step:.2f} | {_cell(length, '.2f')} | "
-            f"{p.tokens_per_s:.1f} | {_cell(rate, '.1f')} | "
+            f"| {label} | {p.tokens_per_step:.2f} | {marks.mark(length, (COUNTS,), *own)} | "
+            f"{p.tokens_per_s:.1f} | {marks.mark(rate, (SPEED,), *own)} | "
             f"{p.tokens_per_s / base.tokens_per_s:.2f}x | "
-            f"{_cell(faster.value if faster else None, '.2f', 'x')} |"
+            f"{marks.mark(ratio, (SPEED, COUNTS), *both)} |"
         )
 
 

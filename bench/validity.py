@@ -271,3 +271,8 @@ class Marks:
             names = ", ".join(f"{task} {decoder}" for decoder, task in mine)
             parts.append(f"{names if len(mine) <= 3 else f'{len(mine)} cells'}: {reason}")
         return "; ".join(parts)
+
+
+def lettered(marks: Marks) -> list[str]:
+    """The notes of the letters that were put on numbers."""
+    return [line for line in marks.notes() if line.startswith("- (")]

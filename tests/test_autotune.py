@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import asdict, replace
 from itertools import combinations
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 
 import made_records
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from baselines import tidar_two_forward
-from bench import autotune, cli
+from bench import autotune, cli, validity
 from bench.prediction import (
     WidthCurve,
     best_outcomes,
@@ -29,6 +29,7 @@ from bench.prediction import (
 from bench.records import to_line
 from bench.slots.plan import Job, Plan
 from bench.slots.record import OK, SlotsHeader, SlotsStore, Visit
+from bench.store import read_record
 from tidar_ref import tidar
 from tidar_ref.cache import KVCache
 from tidar_ref.decoding import Decoder, generate
@@ -220,11 +221,12 @@ def folder(tmp_path: Path) -> Path:
     )
     rows, steps = [], []
     for problem in ("1", "2"):
-        rows.append(made_records.row(problem=problem))
+        rows.append(made_records.row(problem=problem, finish="eos"))
         rows.append(
             made_records.row(
                 decoder=label,
                 problem=problem,
+                finish="eos",
                 decode_forwards=4,
                 decode_s=1.2,
                 drafted=12,
@@ -252,6 +254,26 @@ def test_report_puts_measurement_beside_prediction(
     beside = text[text.index("beside measured") :]
     assert "| ar | 1.00 | 1.00 | 5.0 | 5.0 | 1.00x |  |" in beside
     assert "| tidar:block_len=4,beta=1 | 2.50 | 2.50 | 8.3 | 8.3 | 1.67x | 1.67x |" in beside
+
+
+def test_flagged_measurements_say_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flag = validity.Flag(name="throttled", reason="hot", spoils=(validity.SPEED,))
+    cell = ("tidar:block_len=4,beta=1", read_record(folder).measurements[0].task)
+    monkeypatch.setattr(validity, "flags_of", lambda record: {cell: (flag,)})
+    text = autotune.report(folder)
+    assert "| 2.50 | 2.50 | 8.3 | 8.3 (a) | 1.67x | 1.67x (a) |" in text
+    assert "- (a) **throttled**, shown and not compared: hot" in text
+
+
+def test_only_runs_on_the_same_weights_stand_beside(folder: Path) -> None:
+    """Acceptance belongs to weights: a run on an adapter of its own is neither row nor `ar`."""
+    path = folder / "header.json"
+    header = loads(path.read_text())
+    header["decoders"]["ar"]["weights"] = {"name": "base + other"}
+    path.write_text(dumps(header))
+    beside = autotune.report(folder).partition("beside measured")[2]
+    assert "| ar |" not in beside
+    assert "| tidar:block_len=4,beta=1 | 2.50 | 2.50 | 8.3 | 8.3 | 1.67x |  |" in beside
 
 
 def test_a_curve_from_a_file(folder: Path, tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from bench.figures import Ours
 from bench.report.markup import Figure, Folded, Part, Section, table
 from bench.report.paper import paper_figure
 from bench.report.plots import Point, Series, points
-from bench.report.source import Source, lettered, noted, rows_of
+from bench.report.source import Source, noted, rows_of
 from bench.store import read_steps
 from bench.tables import REFERENCE
 from bench.telemetry import cells
-from bench.validity import SPEED
+from bench.validity import SPEED, lettered
 
 
 def widths(sources: Sequence[Source], curves: Sequence[Path], ours: Ours | None) -> Section:

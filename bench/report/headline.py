@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from bench import metrics
 from bench.report.markup import CAPTION, Section, table
-from bench.report.source import Source, lettered, rows_of
+from bench.report.source import Source, rows_of
 from bench.store import planned_keys
 from bench.tables import REFERENCE, weights_label
 from bench.telemetry.summary import Cell
-from bench.validity import COUNTS, SPEED, Flag, Marks, flags_of, spoilers
+from bench.validity import COUNTS, SPEED, Flag, Marks, flags_of, lettered, spoilers
 
 SHOWS = {
     "random": (

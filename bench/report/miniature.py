@@ -13,9 +13,9 @@ from typing import Any
 
 from bench import metrics, validity
 from bench.report.markup import CAPTION, Folded, Part, Section, table
-from bench.report.source import Source, lettered, rows_of
+from bench.report.source import Source, rows_of
 from bench.tables import table_rows
-from bench.validity import COUNTS, SCORE
+from bench.validity import COUNTS, SCORE, lettered
 
 ADAPTERS = Path(__file__).resolve().parents[2] / "results" / "adapters"
 ASSUMED_MFU = 0.4

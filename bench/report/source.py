@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.records import Measurement
 from bench.store import RunRecord
-from bench.validity import Marks
+from bench.validity import Marks, lettered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,6 @@ class Source:
 def rows_of(record: RunRecord, decoder: str) -> list[Measurement]:
     """The measurements of one decoder."""
     return [row for row in record.measurements if row.decoder == decoder]
-
-
-def lettered(marks: Marks) -> list[str]:
-    """The notes of the letters that were put on numbers."""
-    return [line for line in marks.notes() if line.startswith("- (")]
 
 
 def noted(numbers: str, marks: Marks) -> str:
