@@ -15,7 +15,7 @@ import torch
 
 from bench import cli
 from bench.metrics import Interval
-from bench.slots import curves, engine, page
+from bench.slots import curves, engine, page, timing
 from bench.slots.plan import Job, Plan, slots_plan
 from bench.slots.predict import predicted_speedups, step_ratios
 from bench.slots.record import OK, VISITS, WINDOWS, SlotsStore, Visit, read_slots
@@ -284,3 +284,14 @@ def test_a_job_needs_cells() -> None:
     with pytest.raises(UserError, match="no cells"):
         Job(name="x", weights="w", kv_lens=(4,))
     assert dataclasses.replace(plan_of(), ceilings=True).ceilings
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_an_emulated_formats_matrix_ceiling_is_float32s(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or utilisation would be counted against a rate that no product of ours is bound by."""
+    monkeypatch.setattr(timing, "emulated", lambda dtype: not native)
+    made = timing.ceilings(torch.device("cpu"), torch.bfloat16, small=True)
+    assert made["matrix_dtype"] == ("bfloat16" if native else "float32")
+    assert made["dtype"] == "bfloat16" and made["matrix_flops_per_s"] > 0

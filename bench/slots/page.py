@@ -102,8 +102,9 @@ def _ceilings(record: SlotsRecord) -> list[str]:
             rate = made[f"{name}_bytes_per_s"] / 1e9
             rows.append((f"measured {name.replace('_', ' ')}, {made['dtype']}{sides}",
                          f"{rate:.1f}", ""))  # fmt: skip
-        rows.append((f"measured {made['matrix_side']}-square product, {made['dtype']}{sides}",
-                     "", f"{made['matrix_flops_per_s'] / 1e12:.2f}"))  # fmt: skip
+        own = made.get("matrix_dtype", made["dtype"])  # once always the record's
+        rows.append((f"measured {made['matrix_side']}-square product, {own}{sides}",
+                     "", f"{made['matrix_flops_per_s'] / 1e12:.3g}"))  # fmt: skip
     return _section("Ceilings", ("what", "GB/s", "TFLOP/s"), rows)
 
 

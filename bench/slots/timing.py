@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.peaks import find_peak
+from tidar_ref.linear import emulated
 
 FAR_LARGER = 4  # times the last-level cache
 STABLE, WARM_UP_RUNS, WARM_UP_SECONDS = 0.10, 8, 3.0
@@ -84,6 +85,8 @@ def ceilings(device: torch.device, dtype: torch.dtype, *, small: bool = False) -
     """Best rates seen here: copy and read bytes/s, one-row product bytes/s, matrix FLOP/s.
 
     Median of the faster half of the runs. small: sizes for a rehearsal, whose rates mean little.
+    Where a CPU only emulates `dtype`, its products run in float32 (tidar_ref.linear), so the matrix
+    rate is float32's; `matrix_dtype` says which it is.
     """
     on_gpu = device.type == "cuda"
     length = 2**20 if small else 2**31 if on_gpu else 2**27  # bytes
@@ -102,7 +105,8 @@ def ceilings(device: torch.device, dtype: torch.dtype, *, small: bool = False) -
     with torch.inference_mode():
         copy, read = best(lambda: b.copy_(a)), best(lambda: a.view(torch.int64).sum())
         product = best(lambda: F.linear(row, matrix))
-        x = torch.randn(side, side, device=device).to(dtype)
+        own = torch.float32 if not on_gpu and emulated(dtype) else dtype
+        x = torch.randn(side, side, device=device).to(own)
         square = best(lambda: x @ x)
     return {
         "device": str(device.type),
@@ -113,5 +117,6 @@ def ceilings(device: torch.device, dtype: torch.dtype, *, small: bool = False) -
         "matrix_flops_per_s": 2 * side**3 / square,
         "array_bytes": length,
         "matrix_side": side,
+        "matrix_dtype": str(own).removeprefix("torch."),
         "rehearsal": small,
     }
