@@ -1,8 +1,8 @@
 """The regression gate tried on this machine: real processes, a planted slowdown, many times over.
 
-`python tests/gate_trials.py results/gate/<name>.jsonl --trials 20` alternates trials in which head is
-base's own code with trials in which every dense `tidar` step of head burns 10 % more time. Base and
-head are worktrees of the last commit; driver, restarts, stopping rule and verdict are those of
+`python tests/gate_trials.py results/gate/<name>.jsonl --trials 20` alternates trials in which head
+is base's own code with trials in which every dense `tidar` step of head burns 10 % more time. Base
+and head are worktrees of the last commit; driver, restarts, stopping rule and verdict are those of
 `make regress`. One line a trial; the same command goes on where it was stopped.
 """
 
@@ -17,8 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # when run as a program
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a program
 
 from bench.compare import interleaved, sides
 from bench.compare.estimate import REGRESSION, UNDECIDED
@@ -64,7 +63,7 @@ def trial(base: Path, head: Path) -> dict[str, Any]:
         "counters_differ": any(row.differing for row in found.counters),
         "verdicts": {row.decoder: row.verdict for row in found.timings},
         "ratios": {
-            row.decoder: [x and round(x, 4) for x in (row.change.value, row.change.low, row.change.high)]
+            row.decoder: [row.change.value, row.change.low, row.change.high]
             for row in found.timings
             if row.change
         },
@@ -100,7 +99,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--trials", type=int, default=20, help="of each kind")
     args = parser.parse_args(words)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    commit, _ = environment.git_state(ROOT)
+    commit, _ = environment.git_state(interleaved.HERE)
     header = {
         "header": {
             "commit": commit, "decoders": WORDS, "planted": PLANTED, "tolerance": TOLERANCE,
