@@ -1,4 +1,4 @@
-"""Attention in two parts against one masked softmax, alone and inside the backbone."""
+"""Attention in two parts, and by Flex, against one masked softmax; halves through torch.compile."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tidar_ref import graphed, tidar
 from tidar_ref.attention import masked_part, merge, part
 from tidar_ref.cache import BoundedCache, KVCache
 from tidar_ref.decoding import generate
+from tidar_ref.flex_decode import BLOCK, FlexDecode
 from tidar_ref.masks import causal_mask, decode_mask
 
 
@@ -67,14 +68,15 @@ def test_backbone_hidden_states_are_the_same(lengths: list[int], bounded: bool) 
             ids = torch.arange(len(lengths) * width).view(len(lengths), width) % 15
             positions = cache.kv_len[:, None] + torch.arange(width)
             found = {}
-            for route in ("sdpa", "two_part"):
+            for route in ("sdpa", "two_part", "flex"):
                 model.model.attention = route
                 try:
                     with torch.inference_mode():
                         found[route] = model.model(ids, positions, view, mask)
                 finally:
                     model.model.attention = "sdpa"
-            torch.testing.assert_close(found["two_part"], found["sdpa"], atol=1e-5, rtol=1e-5)
+            for route in ("two_part", "flex"):
+                torch.testing.assert_close(found[route], found["sdpa"], atol=1e-5, rtol=1e-5)
 
 
 def test_decoders_write_the_same_text() -> None:
@@ -87,11 +89,47 @@ def test_decoders_write_the_same_text() -> None:
     assert isinstance(decoders[-1], graphed.StaticDecoder)
     for decoder in decoders:
         texts = []
-        for route in ("sdpa", "two_part"):
+        for route in ("sdpa", "two_part", "flex"):
             model.model.attention = route
             try:
                 traces = generate(decoder, prompts, max_new_tokens=16)
             finally:
                 model.model.attention = "sdpa"
             texts.append([trace.token_ids for trace in traces])
-        assert texts[0] == texts[1]
+        assert texts[0] == texts[1] == texts[2]
+
+
+def test_flex_blocks_over_long_prefixes() -> None:
+    """Several key blocks, ragged: full ones skip the pattern, the rest hold it; none is lost."""
+    model = tiny.random_tiny("qwen2")
+    lengths = [2 * BLOCK, 3 * BLOCK - 2, 5, 0]
+    cache = filled(model, lengths, scratch=40)
+    found = FlexDecode(cache, decode_mask(4), 20).mask
+    assert found.full_kv_num_blocks[:, 0, 0].tolist() == [2, 2, 0, 0]
+    ids = torch.arange(4 * 20).view(4, 20) % 15
+    positions = cache.kv_len[:, None] + torch.arange(20)
+    hidden = []
+    for route in ("sdpa", "flex"):
+        model.model.attention = route
+        try:
+            with torch.inference_mode():
+                hidden.append(model.model(ids, positions, cache, decode_mask(4)))
+        finally:
+            model.model.attention = "sdpa"
+    torch.testing.assert_close(*hidden, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow  # the compiler takes a minute on two cores
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_compiled_halves_give_the_same_hidden_states(family: str) -> None:
+    model = tiny.random_tiny(family).model
+    cache = filled(tiny.random_tiny(family), [3, 9], scratch=40)
+    for width, mask in ((1, None), (4, causal_mask(4)), (20, decode_mask(4))):
+        ids = torch.arange(2 * width).view(2, width) % 15
+        positions = cache.kv_len[:, None] + torch.arange(width)
+        found = []
+        for compiled in (False, True):
+            model.compiled = compiled
+            with torch.inference_mode():
+                found.append(model(ids, positions, cache, mask))
+        torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)

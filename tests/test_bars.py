@@ -60,8 +60,15 @@ def test_only_captured_plain_steps_count() -> None:
     good = point(K16, 0.0065, 1.18)
     assert judged(good)["K16 8b"].value == 1.18
     for changes in (
-        {"captured": False}, {"kv_len": 4096}, {"batch": 16}, {"attention": "two_part"},
+        {"captured": False}, {"kv_len": 4096}, {"batch": 16},
         {"weights": "random:qwen2.5-1.5b-other"}, {"status": "no memory"},
         {"what": "tidar:block_len=16,beta=0,graphs=8"},
     ):  # fmt: skip
         assert judged(dataclasses.replace(good, **changes))["K16 8b"].value is None, changes
+
+
+def test_a_bar_takes_the_fastest_route_and_names_it() -> None:
+    slow, flex = point(K16, 0.0065, 1.18), point(K16, 0.0070, 1.3, attention="flex")
+    found = judged(slow, flex, point(K16, 0.0060, 1.1, compiled=True, job="compiled-8b"))
+    assert found["K16 8b"].value == 1.1 and found["K16 8b"].what.endswith("(sdpa compiled)")
+    assert judged(slow, flex)["K16 8b"].what == judged(slow)["K16 8b"].what

@@ -154,6 +154,24 @@ def test_static_steps_and_routes_reach_the_record(tmp_path: Path) -> None:
     assert window["job"] == "batch2" and window["began"] < window["ended"]
     with pytest.raises(UserError, match="attention"):
         plan_of(attention="flash")
+    with pytest.raises(UserError, match="flex has no speed on a CPU"):
+        plan_of(attention="flex", device="cpu")
+    with pytest.raises(UserError, match="no split"):
+        plan_of(compiled=True, split=True)
+
+
+def test_routes_of_the_same_cell_stand_side_by_side(finished: Path) -> None:
+    record = read_slots(finished)
+    found = curves.points(record)
+    assert "Routes of the same cell" not in page.to_markdown(record, found)
+    [ar] = [p for p in found if p.what == "ar" and p.kv_len == 9]
+    assert ar.latency
+    half = dataclasses.replace(ar.latency, value=ar.latency.value / 2)
+    more = [dataclasses.replace(ar, job="f", attention="flex", compiled=True, latency=half)]
+    text = page.to_markdown(record, [*found, *more]).partition("Routes of the same cell")[2]
+    rows = [line for line in text.partition("##")[0].splitlines() if "| ar |" in line]
+    assert [row.split("|")[6].strip() for row in rows] == ["sdpa", "flex compiled"]
+    assert [row.split("|")[8].strip() for row in rows] == ["2.00", "1.00"]
 
 
 def test_telemetry_is_cut_by_the_jobs_windows(finished: Path, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ G = Hq / Hkv, D head size, H width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from tidar_ref.attention import TwoPart
 from tidar_ref.cache import KVCache, OpenSlots
 from tidar_ref.config import ModelConfig
+from tidar_ref.flex_decode import FlexDecode
 from tidar_ref.linear import Linear, RMSNorm, TiedHead
 
 if TYPE_CHECKING:
@@ -67,7 +69,8 @@ class Transformer(nn.Module):
         self.to_empty(device=device)
         cos, sin = rotary_tables(config)
         self.mask_adapter: MaskAdapter | None = None
-        self.attention = "sdpa"  # or "two_part" (`tidar_ref.attention`)
+        self.attention = "sdpa"  # or "two_part" (tidar_ref.attention), "flex" (.flex_decode)
+        self.compiled = False  # torch.compile around attention, where it measures better
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
 
@@ -160,12 +163,16 @@ class Transformer(nn.Module):
         last one (before the norm) as number `num_layers`.
         """
         batch, width = input_ids.shape
-        fold = width <= FOLD_GROUPS_UP_TO
+        behind = max(cache.lengths) > 0  # a prefill has no prefix to take apart
+        flex = self.attention == "flex" and behind
+        fold = width <= FOLD_GROUPS_UP_TO and not flex
         groups = self.config.num_heads // self.config.num_kv_heads
-        bias: Tensor | TwoPart | None
-        if self.attention == "two_part" and fold and max(cache.lengths) > 0:
+        bias: Tensor | TwoPart | FlexDecode | None
+        if flex:
+            bias = FlexDecode(cache, new_mask, width)
+        elif self.attention == "two_part" and fold and behind:
             bias = TwoPart(cache, new_mask, width, groups, self.dtype)
-        else:  # a prefill has no prefix to take apart
+        else:
             bias = attention_bias(cache, new_mask, width, groups if fold else 1, self.dtype)
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         if self.dtype != torch.float32:
@@ -182,7 +189,7 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             if taps is not None:
                 taps[index] = hidden.view(batch, width, -1)
-            hidden = layer(hidden, cos, sin, slots, index, bias, fold, gate)
+            hidden = layer(hidden, cos, sin, slots, index, bias, fold, gate, None, self.compiled)
         if taps is not None:
             taps[len(self.layers)] = hidden.view(batch, width, -1)
         return self.norm(hidden).view(batch, width, -1)
@@ -222,16 +229,37 @@ class Layer(nn.Module):
         sin: Tensor,
         slots: OpenSlots,
         index: int,
-        bias: Tensor | TwoPart | None,
+        bias: Tensor | TwoPart | FlexDecode | None,
         fold: bool,
         gate: Tensor | None = None,
         inputs: Tensor | None = None,
+        compiled: bool = False,
     ) -> Tensor:
         """hidden [B*Q, H] -> [B*Q, H]; cos, sin [B, 1, Q, D]; bias broadcasts over heads.
 
         gate [B*Q, 1]: 1 on the rows where an attached adapter acts, or None. inputs [B*Q, I]: what
-        q, k and v are made of if not the normed hidden (a draft head's layer).
+        q, k and v are made of if not the normed hidden (a draft head's layer). compiled: what lies
+        before and behind attention goes through torch.compile.
         """
+        batch, width = cos.shape[0], cos.shape[2]
+        before, behind = compiled_halves() if compiled else (Layer.before, Layer.behind)
+        q, k, v = before(self, hidden, cos, sin, gate, inputs)
+        keys, values = slots.write(index, k, v)
+        if fold:  # [B, Hq, Q, D] -> [B, Hkv, G*Q, D]: heads of one group share keys and values
+            q = q.reshape(batch, self.kv_heads, self.groups * width, self.head_dim)
+        if isinstance(bias, TwoPart | FlexDecode):
+            out = bias(q, keys, values)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=bias, enable_gqa=not fold
+            )
+        out = out.reshape(batch, self.heads, width, self.head_dim)
+        return behind(self, hidden, out, gate)
+
+    def before(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, gate: Tensor | None, inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, Hq, Q, D], k and v [B, Hkv, Q, D], q and k rotated."""
         batch, width = cos.shape[0], cos.shape[2]
         inputs = self.attn_norm(hidden) if inputs is None else inputs
         heads = self._product("qkv", inputs, gate).view(batch, width, -1, self.head_dim)
@@ -241,17 +269,11 @@ class Layer(nn.Module):
             q, k = qk.split([self.heads, self.kv_heads], dim=1)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         q, k = rotate(qk, cos, sin).split([self.heads, self.kv_heads], dim=1)
-        keys, values = slots.write(index, k, v)
-        if fold:  # [B, Hq, Q, D] -> [B, Hkv, G*Q, D]: heads of one group share keys and values
-            q = q.reshape(batch, self.kv_heads, self.groups * width, self.head_dim)
-        if isinstance(bias, TwoPart):
-            out = bias(q, keys, values)
-        else:
-            out = F.scaled_dot_product_attention(
-                q, keys, values, attn_mask=bias, enable_gqa=not fold
-            )
-        out = out.reshape(batch, self.heads, width, self.head_dim).transpose(1, 2)
-        out = out.reshape(batch * width, self.heads * self.head_dim)
+        return q, k, v
+
+    def behind(self, hidden: Tensor, out: Tensor, gate: Tensor | None) -> Tensor:
+        """hidden [B*Q, H] with attention's out [B, Hq, Q, D] and the MLP added."""
+        out = out.transpose(1, 2).reshape(hidden.shape[0], self.heads * self.head_dim)
         hidden = hidden + self._product("o", out, gate)
         inner, up = self._product("gate_up", self.mlp_norm(hidden), gate).chunk(2, dim=-1)
         return hidden + self._product("down", F.silu(inner) * up, gate)
@@ -262,6 +284,12 @@ class Layer(nn.Module):
             return y
         a, b = self.low_rank[name]
         return y + F.linear(F.linear(x.to(a.dtype), a), b).to(y.dtype) * gate
+
+
+@functools.cache
+def compiled_halves() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`Layer.before` and `.behind` through torch.compile; one code for all layers."""
+    return torch.compile(Layer.before), torch.compile(Layer.behind)
 
 
 def attention_bias(

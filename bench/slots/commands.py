@@ -38,8 +38,9 @@ def slots(args: argparse.Namespace, *, runs: Path, argv: Sequence[str]) -> None:
         samples=args.samples,
         seed=args.seed,
         ceilings=args.ceilings,
-        split=not args.no_split,
+        split=not args.no_split and not args.compile,
         attention=args.attention,
+        compiled=args.compile,
     )
     _check_budget(args.budget_seconds)
     measure(

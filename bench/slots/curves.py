@@ -43,6 +43,12 @@ class Point:
     split: Split | None = None
     captured: bool = False
     attention: str = "sdpa"
+    compiled: bool = False
+
+    @property
+    def route(self) -> str:
+        """The attention of its forwards, and whether their layers were compiled."""
+        return self.attention + (" compiled" if self.compiled else "")
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -103,6 +109,7 @@ def _point(
     place = {
         "job": job.name, "weights": job.weights, "dtype": job.dtype, "what": cell.what,
         "kv_len": cell.kv_len, "batch": job.batch, "attention": job.attention,
+        "compiled": job.compiled,
     }  # fmt: skip
     bad = next((visit for visit in visits if visit.status != OK), None)
     if bad:

@@ -140,7 +140,7 @@ class _Job:
         self.budget, self.on_visit = budget, on_visit
         self.model, self.mask_id = loaded.model, loaded.source.mask_token_id
         self.device = self.model.device
-        self.model.attention = job.attention
+        self.model.attention, self.model.compiled = job.attention, job.compiled
         weights = roofline.weight_bytes(self.model.config, job.dtype)
         cache = cache_bytes(self.device)
         self.clock = Clock(

@@ -62,6 +62,7 @@ def to_markdown(record: SlotsRecord, found: Sequence[Point]) -> str:
     lines += _widths(record, found)
     lines += _splits(found)
     lines += _steps(found)
+    lines += _routes(found)
     lines += _bars(record, found)
     lines += _paper(found)
     lines += _missing(found)
@@ -198,6 +199,25 @@ def _steps(found: Sequence[Point]) -> list[str]:
     head = ("job", "weights", "decoder", "batch", "KV", "forwards x width", "ms", "host ms",
             "in ar steps", "pays above tokens/step")  # fmt: skip
     return _section("Decoders' steps", head, rows)
+
+
+def _routes(found: Sequence[Point]) -> list[str]:
+    """The same cell by each route of attention, and compiled: only cells with more than one."""
+    cells: dict[tuple[str, ...], dict[str, Point]] = {}
+    for p in found:
+        if p.status == OK and p.latency:
+            key = (p.weights, p.dtype, p.what, str(p.batch), str(p.kv_len))
+            cells.setdefault(key, {}).setdefault(p.route, p)
+    rows = []
+    for key, by_route in cells.items():
+        if len(by_route) > 1:
+            best = min(p.latency.value for p in by_route.values() if p.latency)
+            rows += [
+                (*key, route, _bounds(p.latency, 1000), f"{p.latency.value / best:.2f}")
+                for route, p in by_route.items() if p.latency
+            ]  # fmt: skip
+    head = ("weights", "dtype", "cell", "batch", "KV", "route", "ms", "over the fastest")
+    return _section("Routes of the same cell", head, rows)
 
 
 def _bars(record: SlotsRecord, found: Sequence[Point]) -> list[str]:

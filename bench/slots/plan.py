@@ -14,7 +14,7 @@ from tidar_ref.errors import UserError
 
 FORWARD = "forward:"
 WIDTHS = (1, 2, 4, 8, 16, 20, 32, 64, 72, 128, 256, 272, 512)
-ATTENTION = ("sdpa", "two_part")
+ATTENTION = ("sdpa", "two_part", "flex")
 DECODERS = ("ar", "tidar:block_len=4", "tidar:block_len=8", "tidar:block_len=16")
 # A decoder that may not exist in every checkout is asked for all the same: its absence is recorded.
 
@@ -24,7 +24,8 @@ class Job:
     """One set of cells: `widths` x `kv_lens` forwards and `decoders` x `kv_lens` steps.
 
     rounds visits a cell, `samples` timed runs a visit. split: time attention, MLP, head and rest
-    apart in a pass of its own. attention: "sdpa", or "two_part" (`tidar_ref.attention`).
+    apart in a pass of its own. attention: "sdpa", "two_part" (`tidar_ref.attention`) or "flex"
+    (`tidar_ref.flex_decode`). compiled: layers through torch.compile, all but attention and cache.
     expected_s: on the machine the plan was written for (seconds).
     """
 
@@ -39,6 +40,7 @@ class Job:
     samples: int = 4
     split: bool = False
     attention: str = "sdpa"
+    compiled: bool = False
     expected_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -53,6 +55,8 @@ class Job:
             raise UserError(
                 f"attention {self.attention!r} is unknown: use one of {', '.join(ATTENTION)}"
             )
+        if self.compiled and self.split:
+            raise UserError(f"job {self.name} is compiled, so its parts have no seams: no split")
         if not self.kv_lens or not (self.widths or self.decoders):
             raise UserError(
                 f"job {self.name} has no cells: give KV lengths, and widths or decoders"
@@ -128,15 +132,20 @@ def slots_plan(
     ceilings: bool,
     split: bool,
     attention: str = "sdpa",
+    compiled: bool = False,
 ) -> Plan:
     """The plan of `bench slots`: one job per batch size."""
+    if attention == "flex" and device == "cpu":
+        raise UserError(
+            "--attention flex has no speed on a CPU, only a proof; take sdpa or two_part there"
+        )
     if 1 not in widths:
         raise UserError("--widths lacks 1, to which every width is compared; add it")
     jobs = tuple(
         Job(
             name=f"batch{batch}", weights=weights, kv_lens=kv_lens, widths=widths,
             decoders=decoders, batch=batch, dtype=dtype, rounds=rounds, samples=samples,
-            split=split, attention=attention,
+            split=split, attention=attention, compiled=compiled,
         )
         for batch in dict.fromkeys(batches)
     )  # fmt: skip

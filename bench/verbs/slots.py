@@ -24,7 +24,8 @@ def add(verbs: Any) -> None:
     slots.add_argument("--rounds", type=int, default=8, help="visits of each cell")
     slots.add_argument("--samples", type=int, default=4, help="timed runs a visit")
     slots.add_argument("--seed", type=int, default=0)
-    slots.add_argument("--attention", default="sdpa", help="sdpa or two_part")
+    slots.add_argument("--attention", default="sdpa", help="sdpa, two_part or flex")
+    slots.add_argument("--compile", action="store_true", help="layers through torch.compile")
     slots.add_argument(
         "--telemetry",
         action=argparse.BooleanOptionalAction,
