@@ -580,7 +580,7 @@ def test_drawings_stay_inside_and_are_to_scale() -> None:
     left, right = (float(x) for x in re.findall(r'cx="([\d.]+)"', svg)[1:])
     assert left == pytest.approx(plots.LEFT) and right == pytest.approx(plots.WIDTH - plots.RIGHT)
     svg = plots.bars(["1", "2"], [("a", [25.0, 100.0])], x="x", y="y", alt="alt")
-    heights = [float(h) for h in re.findall(r'class="s0 bar".*?height="([\d.]+)"', svg)]
+    heights = [float(h) for h in re.findall(r'class="s0 round0 bar".*?height="([\d.]+)"', svg)]
     assert heights[1] == pytest.approx(4 * heights[0], rel=0.01)
 
 
@@ -714,10 +714,15 @@ def test_systems_of_other_training_have_other_names() -> None:
         "gate": {"recipe": {"objective": {"kind": "tidar"}}, "placement": "mask"},
     }
     tidar = {"name": "tidar", "params": {"block_len": 8, "beta": 0.0}}
-    assert system_name(tidar, ["joint"], notes) == "TiDAR, K=8, trust diffusion, random masks"
+    assert system_name("t", tidar, ["joint"], notes) == "TiDAR, K=8, trust diffusion, random masks"
     tidar["params"]["beta"] = 0.5
-    assert system_name(tidar, ["gate"], notes) == "TiDAR, K=8, beta 0.5, full masks, gated"
-    assert system_name({"name": "ar"}, ["joint"], notes) == "AR, the AR half of TiDAR"
+    assert system_name("t", tidar, ["gate"], notes) == "TiDAR, K=8, beta 0.5, full masks, gated"
+    assert system_name("a", {"name": "ar"}, ["joint"], notes) == "AR, the AR half of TiDAR"
+    assert system_name("eagle3:depth=3", {"name": "eagle3"}, [], notes) == "eagle3:depth=3"
+
+
+def test_eighteen_series_are_told_apart() -> None:
+    assert len({plots.style(i) + plots.marker(i, 0, 0) for i in range(18)}) == 18
 
 
 def test_a_record_of_one_system_has_no_miniature(record: Path) -> None:

@@ -23,8 +23,8 @@ Notes = Mapping[str, Mapping[str, Any]]
 
 
 def miniature(sources: Sequence[Source], adapters: Path = ADAPTERS) -> Section | None:
-    """One table per record whose decoders have weights of their own; None without one."""
-    mine = [source for source in sources if source.scored and _own_weights(source)]
+    """One table per record that compares trainings: whose `ar` has weights of its own too."""
+    mine = [source for source in sources if source.scored and _compares_trainings(source)]
     if not mine:
         return None
     trained = _training_notes(adapters)
@@ -42,9 +42,9 @@ def miniature(sources: Sequence[Source], adapters: Path = ADAPTERS) -> Section |
     return Section(id="miniature", title="The paper's systems in miniature", parts=parts)
 
 
-def _own_weights(source: Source) -> list[str]:
-    decoders = source.record.header.decoders
-    return [label for label, decoder in decoders.items() if decoder.get("weights")]
+def _compares_trainings(source: Source) -> bool:
+    decoders = source.record.header.decoders.values()
+    return any(decoder["name"] == "ar" and decoder.get("weights") for decoder in decoders)
 
 
 def _training_notes(adapters: Path) -> Notes:
@@ -67,7 +67,7 @@ def _systems(source: Source, trained: Notes) -> list[Part]:
     body = []
     for label, decoder in header.decoders.items():
         stack = _stack((decoder.get("weights") or header.weights).get("adapters") or ())
-        cells = [system_name(decoder, stack, trained), _budget(stack, trained)]
+        cells = [system_name(label, decoder, stack, trained), _budget(stack, trained)]
         for task in tasks:
             row, cell = rows[task, label], [(label, task)]
             score = "" if row.score is None else _bracket(row.score, row.score_low, row.score_high)
@@ -86,8 +86,10 @@ def _systems(source: Source, trained: Notes) -> list[Part]:
     return [text, notes] if notes else [text]
 
 
-def system_name(decoder: Mapping[str, Any], stack: Sequence[str], trained: Notes) -> str:
-    """A decoder in the paper's words: what decodes, how it was trained."""
+def system_name(
+    label: str, decoder: Mapping[str, Any], stack: Sequence[str], trained: Notes
+) -> str:
+    """A decoder in the paper's words: what decodes, how it was trained; others keep their label."""
     name, params = decoder["name"], decoder.get("params") or {}
     objective: dict[str, Any] = {}
     for adapter in stack:
@@ -103,12 +105,13 @@ def system_name(decoder: Mapping[str, Any], stack: Sequence[str], trained: Notes
         masks = objective.get("masking", "full")
         gated = any(trained.get(adapter, {}).get("placement") == "mask" for adapter in stack)
         said += [trust, f"{masks} masks", *(["gated"] if gated else [])]
+        said += [f"outcomes {params['outcomes']}"] if "outcomes" in params else []
         return f"TiDAR, {', '.join(said)}"
     if name == "block_diffusion":
         rule = params.get("rule", "threshold")
         said.append("one token" if rule == "one" else f"{rule} {params.get(rule, '')}".strip())
         return f"Block diffusion, {', '.join(said)}"
-    return name + (f", {', '.join(said)}" if said else "")
+    return label
 
 
 def _stack(adapters: Sequence[str]) -> list[str]:

@@ -1,8 +1,9 @@
 """Small drawings as SVG text: bars and points with axes, no plotting library.
 
 Colours come from the page's style sheet (classes s0..s5), so that a figure follows light and dark;
-a series also has its own marker and dash, so that nothing depends on colour. Numbers stand beside
-every figure as a table (see `markup.Figure`); the drawing itself is one image with one label.
+a series also has its own marker and dash, so that nothing depends on colour. After six series both
+start anew, hollow and then pale, so that eighteen can be told apart. Numbers stand beside every
+figure as a table (see `markup.Figure`); the drawing itself is one image with one label.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def bars(labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], *
             x0, x1 = (frame.px(place + 0.1 + room * (index + side)) for side in (0, 1))
             height = frame.py(0.0) - frame.py(value)
             parts.append(
-                f'<rect class="s{index % SERIES_STYLES} bar" x="{x0:.1f}" y="{frame.py(value):.1f}"'
+                f'<rect class="{style(index)} bar" x="{x0:.1f}" y="{frame.py(value):.1f}"'
                 f' width="{max(0.5, x1 - x0 - 1):.1f}" height="{height:.1f}"/>'
             )
     return _svg(parts, [name for name, _ in series], alt, square=True)
@@ -93,7 +94,7 @@ def points(series: Sequence[Series], *, x: str, y: str, alt: str, x_log2: bool =
     parts = [frame.y_axis(y_marks, y), frame.x_title(x)]
     parts += [frame.x_label(m, _plain(2**m if x_log2 else m), tick=True) for m in x_marks]
     for index, one in enumerate(series):
-        parts.append(f'<g class="s{index % SERIES_STYLES}">')
+        parts.append(f'<g class="{style(index)}">')
         spots = [(frame.px(at(p.x)), frame.py(p.y), p) for p in one.points]
         if one.joined and len(spots) > 1:
             path = " ".join(f"{left:.1f},{top:.1f}" for left, top, _ in spots)
@@ -117,6 +118,11 @@ def points(series: Sequence[Series], *, x: str, y: str, alt: str, x_log2: bool =
                 )
         parts.append("</g>")
     return _svg(parts, [one.name for one in series], alt)
+
+
+def style(index: int) -> str:
+    """CSS classes of a series: its colour, and its round: filled, hollow, pale."""
+    return f"s{index % SERIES_STYLES} round{index // SERIES_STYLES % 3}"
 
 
 def marker(index: int, x: float, y: float, size: float = 4.5) -> str:
@@ -188,7 +194,7 @@ def _svg(parts: Sequence[str], names: Sequence[str], alt: str, *, square: bool =
         spot = marker(1 if square else index, 8, 8)
         keys.append(
             f'<span class="key"><svg width="16" height="16" aria-hidden="true">'
-            f'<g class="s{index % SERIES_STYLES}">{spot}</g></svg> {escape(name)}</span>'
+            f'<g class="{style(index)}">{spot}</g></svg> {escape(name)}</span>'
         )
     return (
         f'<div class="keys" aria-hidden="true">{"".join(keys)}</div>'
