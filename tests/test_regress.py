@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gate_trials
 import pytest
 import torch
 from torch import Tensor
@@ -366,3 +367,13 @@ def test_the_perf_suite_runs_and_describes_the_machine(tmp_path: Path) -> None:
     assert info["tidar_bench"]["versions"]["torch"] and "cpu_clock_mhz" in info and "gpu" in info
     steps = {e["name"]: e["extra_info"] for e in values["benchmarks"] if "step" in e["name"]}
     assert steps["test_step[ar]"] == {"query_width": 1, "forwards": 1}
+
+
+def test_the_documents_table_of_real_trials_is_the_records() -> None:
+    """And its lines hold what a trial must: base against itself, or a planted slowdown."""
+    [path] = sorted((ROOT / "results" / "gate").glob("*.jsonl"))
+    text = (ROOT / "docs" / "regress.md").read_text(encoding="utf-8")
+    rows = gate_trials.summary(path)
+    assert [row[0] for row in rows] == ["nothing", "tidar:block_len=8 10%"]
+    for row in rows:
+        assert "| " + " | ".join(row) + " |" in text
