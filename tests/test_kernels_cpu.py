@@ -95,55 +95,64 @@ def test_gradients_flow_through_prepared_products() -> None:
     assert module.weight.grad is not None and module.weight.is_contiguous()
 
 
-def one_token(model: Transformer) -> tuple[torch.Tensor, KVCache]:
-    """Final hidden state of one token behind 37 random cached ones, and the cache."""
+def few_tokens(model: Transformer, rows: int = 1) -> tuple[torch.Tensor, KVCache]:
+    """Final hidden states of `rows` tokens behind 37 random cached ones, and the cache.
+
+    Several tokens see each other by a pattern that is neither causal nor whole.
+    """
     cache = KVCache(
-        model.config, batch=1, max_len=50, scratch=4, dtype=model.dtype, device=model.device
+        model.config, batch=1, max_len=50, scratch=20, dtype=model.dtype, device=model.device
     )
     generator = torch.Generator().manual_seed(1)
     for stored in (cache.k, cache.v):
         stored.copy_(torch.randn(stored.shape, generator=generator))
     cache.advance([37])
-    return model(torch.tensor([[3]]), torch.tensor([[37]]), cache, None), cache
+    ids = torch.arange(3, 3 + rows)[None]
+    mask = None
+    if rows > 1:
+        mask = (torch.rand(rows, rows, generator=generator) < 0.5) | torch.eye(rows).bool()
+    return model(ids, 37 + ids % 5, cache, mask), cache
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 20])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @torch.inference_mode()
-def test_compiled_layers_equal_the_plain_ones(family: str, threads: int) -> None:
+def test_compiled_layers_equal_the_plain_ones(family: str, threads: int, rows: int) -> None:
     torch.set_num_threads(threads)
     model = Transformer(oracles.tiny_config(family)).init_random(0)
     for name, parameter in model.named_parameters():
         if not name.endswith("norm.weight"):
             parameter.mul_(10)  # so that attention and gates are not flat
-    expected, plain = one_token(model)
+    expected, plain = few_tokens(model, rows)
     assert "not prepared" in kernel_route(model)
     model.prepare()
-    if model.one_row is None:
+    if model.few_rows is None:
         pytest.skip(kernel_route(model))
     calls = []
-    one_row = model.one_row
-    model.one_row = lambda *args: calls.append(1) or one_row(*args)
-    got, cache = one_token(model)
+    few_rows = model.few_rows
+    model.few_rows = lambda *args: calls.append(1) or few_rows(*args)
+    got, cache = few_tokens(model, rows)
     assert calls == [1]
     assert torch.allclose(got, expected, atol=2e-5, rtol=2e-5)
     assert torch.allclose(cache.k, plain.k, atol=2e-5, rtol=2e-5)
     assert torch.allclose(cache.v, plain.v, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 20])
 @torch.inference_mode()
-def test_compiled_bfloat16_layers_are_as_exact_as_torch() -> None:
+def test_compiled_bfloat16_layers_are_as_exact_as_torch(rows: int) -> None:
     model = Transformer(oracles.tiny_config("qwen3"), dtype=torch.bfloat16).init_random(0)
-    plain = float((one_token(model)[0].double() - _exact(model)).norm())
+    plain = float((few_tokens(model, rows)[0].double() - _exact(model, rows)).norm())
     model.prepare()
-    if model.one_row is None:
+    if model.few_rows is None:
         pytest.skip(kernel_route(model))
-    got = float((one_token(model)[0].double() - _exact(model)).norm())
+    got = float((few_tokens(model, rows)[0].double() - _exact(model, rows)).norm())
     assert got <= 1.5 * plain + 1e-3
 
 
-def _exact(model: Transformer) -> torch.Tensor:
-    return one_token(copy.deepcopy(model).double())[0]
+def _exact(model: Transformer, rows: int) -> torch.Tensor:
+    return few_tokens(copy.deepcopy(model).double(), rows)[0]
 
 
 @torch.inference_mode()
@@ -151,11 +160,11 @@ def test_hooks_and_converted_models_get_the_plain_layers() -> None:
     model = Transformer(oracles.tiny_config("qwen2")).init_random(0).prepare()
     seen = []
     model.layers[0].register_forward_pre_hook(lambda *_: seen.append(1))
-    one_token(model)
+    few_tokens(model)
     assert seen == [1]
     model.double()
-    assert model.one_row is None and "not prepared" in kernel_route(model)
-    assert one_token(model)[0].dtype == torch.float64
+    assert model.few_rows is None and "not prepared" in kernel_route(model)
+    assert few_tokens(model)[0].dtype == torch.float64
 
 
 @pytest.fixture
@@ -174,7 +183,7 @@ def test_without_numba_torch_multiplies_and_the_route_says_so(
     monkeypatch.delattr("tidar_ref.kernels_cpu", raising=False)
     model = Transformer(oracles.tiny_config("qwen2")).init_random(0).prepare()
     assert kernel_route(model).startswith("torch (no numba")
-    assert model.one_row is None
+    assert model.few_rows is None
     x = torch.randn(2, 32)
     assert torch.equal(TiedHead(model.embed)(x), torch.nn.functional.linear(x, model.embed.weight))
 

@@ -5,7 +5,8 @@ one row, and fall behind much further between 2 and 72 rows, where TiDAR's steps
 weight is read once, row by row as it is stored: one dot product per output for one row, blocks of
 4 outputs x 3 rows held in registers for more. Sums are float32 for either dtype; a bfloat16 result
 is rounded once. A layer of one row (an AR step) is five parallel sections instead of some thirty
-torch operations, rounding bfloat16 where those do.
+torch operations, rounding bfloat16 where those do; a layer of few rows (a TiDAR step) is the same,
+with a mask among the new tokens.
 
 Threads come from OpenMP: numba's "omp" layer binds to the runtime torch has loaded, so both share
 one pool. Other layers would bring a second pool that competes for the cores; they are not used.
@@ -360,6 +361,100 @@ def _attended(q: Any, keys: Any, values: Any, length: int, lo: int, hi: int, out
 _normed, _rotated, _attended = compiled(_normed), compiled(_rotated), compiled(_attended)
 
 
+def _exp(x: Any) -> Any:
+    """e^x for x <= 0 to 2^-19 of itself, written so that a loop of it is vectorised."""
+    x = max(x, np.float32(-87.0))
+    steps = np.int32(np.float32(1.44269504) * x - np.float32(0.5))  # to the nearest, x <= 0
+    r = x - np.float32(steps) * np.float32(0.69314718)
+    series = np.float32(1 / 720)
+    for term in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        series = series * r + np.float32(term)
+    return series * low(np.uint32(np.uint32(steps + 127) << 7))  # 2^steps by its bits
+
+
+_exp = compiled(_exp)
+
+
+def _attended_rows(
+    q: Any, keys: Any, values: Any, mask: Any, length: int, lo: int, hi: int, out: Any
+) -> None:
+    """Attention of several rows, of the key/value heads lo..hi; q [R, Hq, D], out [R, Hq * D].
+
+    mask [R, S]: of the last S slots, 0 for those a row sees and -inf for others. Keys and values
+    are widened once, keys turned: slots then run along the vectors, so no sum crosses lanes.
+    """
+    like = q[0, 0, 0]
+    rows, heads, size = q.shape
+    groups = heads // keys.shape[0]
+    scale = np.float32(1 / math.sqrt(size))
+    free, seen = length - mask.shape[1], mask.shape[1]
+    wide, long = (size + 3) // 4 * 4, (length + 3) // 4 * 4
+    turned, plain = np.zeros((wide, long), np.float32), np.zeros((long, size), np.float32)
+    query, total = np.zeros(wide, np.float32), np.empty(size, np.float32)
+    scores = np.empty(long, np.float32)
+    for kv in range(lo, hi):
+        for slot in range(length):
+            k, v, target = keys[kv, slot], values[kv, slot], plain[slot]
+            for i in range(size):
+                turned[i, slot] = value_of(k[i])
+                target[i] = value_of(v[i])
+        for row in range(rows):
+            hidden = mask[row]
+            for head in range(kv * groups, (kv + 1) * groups):
+                for i in range(size):
+                    query[i] = value_of(q[row, head, i]) * scale
+                    total[i] = np.float32(0)
+                scores[:] = np.float32(0)
+                for i in range(0, wide, 4):
+                    q0, q1, q2, q3 = query[i], query[i + 1], query[i + 2], query[i + 3]
+                    k0, k1, k2, k3 = turned[i], turned[i + 1], turned[i + 2], turned[i + 3]
+                    for slot in range(long):
+                        more = q0 * k0[slot] + q1 * k1[slot] + q2 * k2[slot] + q3 * k3[slot]
+                        scores[slot] += more
+                for j in range(seen):
+                    scores[free + j] += hidden[j]
+                top = np.float32(-np.inf)
+                for slot in range(length):
+                    top = max(top, scores[slot])
+                weights = np.float32(0)
+                for slot in range(length):
+                    p = _exp(scores[slot] - top)
+                    scores[slot] = p
+                for j in range(seen):  # e^-87 is not nothing: what is hidden weighs 0
+                    if hidden[j] < np.float32(0):
+                        scores[free + j] = np.float32(0)
+                for slot in range(length):
+                    weights += scores[slot]
+                for slot in range(length, long):
+                    scores[slot] = np.float32(0)
+                for slot in range(0, long, 4):
+                    p0, p1 = scores[slot], scores[slot + 1]
+                    p2, p3 = scores[slot + 2], scores[slot + 3]
+                    v0, v1, v2, v3 = plain[slot], plain[slot + 1], plain[slot + 2], plain[slot + 3]
+                    for i in range(size):
+                        total[i] += p0 * v0[i] + p1 * v1[i] + p2 * v2[i] + p3 * v3[i]
+                for i in range(size):
+                    out[row, head * size + i] = as_stored(total[i] / weights, like)
+
+
+_attended_rows = compiled(_attended_rows)
+
+
+def _attend_rows(
+    q: Any, keys: Any, values: Any, mask: Any, length: int, out: Any, parts: int
+) -> None:
+    heads = keys.shape[0]
+    if parts == 1:
+        _attended_rows(q, keys, values, mask, length, 0, heads, out)
+        return
+    for part in prange(parts):
+        lo, hi = heads * part // parts, heads * (part + 1) // parts
+        _attended_rows(q, keys, values, mask, length, lo, hi, out)
+
+
+attend_rows = compiled(_attend_rows, parallel=True)
+
+
 def _attend(q: Any, keys: Any, values: Any, length: int, out: Any, parts: int) -> None:
     heads = q.shape[0]
     if parts == 1:
@@ -406,40 +501,52 @@ def _layer(
     sin: Any,
     keys: Any,
     values: Any,
+    mask: Any,
     at: int,
     eps: float,
     parts: int,
 ) -> None:
-    """One layer on hidden [1, H], in place; the new K/V go to slot `at` of [Hkv, slots, D].
+    """One layer on hidden [R, H], in place; the new K/V go to slots `at`.. of [Hkv, slots, D].
 
-    As `tidar_ref.model.Layer`; an empty q_norm, k_norm or bias is none.
+    As `tidar_ref.model.Layer`; an empty q_norm, k_norm or bias is none. cos, sin [R, D]; mask
+    [R, S] float32, of the last S slots 0 for those a row sees and -inf for others; for one row
+    all are seen.
     """
-    size, kv_heads = cos.shape[0], keys.shape[0]
+    rows, size, kv_heads = hidden.shape[0], cos.shape[1], keys.shape[0]
     normed = np.empty_like(hidden)
-    heads = np.empty((1, qkv.shape[0]), hidden.dtype)
-    _normed(hidden[0], attn_norm, eps, normed[0])
+    heads = np.empty((rows, qkv.shape[0]), hidden.dtype)
+    for row in range(rows):
+        _normed(hidden[row], attn_norm, eps, normed[row])
     product(qkv, normed, qkv_bias, heads, parts)
-    split = heads.reshape(-1, size)  # [Hq + 2 Hkv, D]
-    count = split.shape[0] - 2 * kv_heads
-    queries = np.empty((count, size), hidden.dtype)
-    for head in range(count + kv_heads):
-        if q_norm.shape[0] > 0:
-            _normed(split[head], q_norm if head < count else k_norm, eps, split[head])
-        target = queries[head] if head < count else keys[head - count, at]
-        _rotated(split[head], cos, sin, target)
-    for head in range(kv_heads):
-        values[head, at] = split[count + kv_heads + head]
-    out = np.empty((1, count * size), hidden.dtype)
-    attend(queries, keys, values, at + 1, out[0], parts)
+    split = heads.reshape(rows, -1, size)  # [R, Hq + 2 Hkv, D]
+    count = split.shape[1] - 2 * kv_heads
+    queries = np.empty((rows, count, size), hidden.dtype)
+    for row in range(rows):
+        for head in range(count + kv_heads):
+            x = split[row, head]
+            if q_norm.shape[0] > 0:
+                _normed(x, q_norm if head < count else k_norm, eps, x)
+            target = queries[row, head] if head < count else keys[head - count, at + row]
+            _rotated(x, cos[row], sin[row], target)
+        for head in range(kv_heads):
+            values[head, at + row] = split[row, count + kv_heads + head]
+    out = np.empty((rows, count * size), hidden.dtype)
+    if rows == 1:
+        attend(queries[0], keys, values, at + 1, out[0], parts)
+    else:
+        attend_rows(queries, keys, values, mask, at + rows, out, parts)
     product(o, out, none, normed, parts)
-    _add(hidden[0], normed[0])
-    _normed(hidden[0], mlp_norm, eps, normed[0])
-    inner = np.empty((1, gate_up.shape[0]), hidden.dtype)
+    for row in range(rows):
+        _add(hidden[row], normed[row])
+        _normed(hidden[row], mlp_norm, eps, normed[row])
+    inner = np.empty((rows, gate_up.shape[0]), hidden.dtype)
     product(gate_up, normed, none, inner, parts)
-    active = np.empty((1, gate_up.shape[0] // 2), hidden.dtype)
-    _gated(inner[0], active[0])
+    active = np.empty((rows, gate_up.shape[0] // 2), hidden.dtype)
+    for row in range(rows):
+        _gated(inner[row], active[row])
     product(down, active, none, normed, parts)
-    _add(hidden[0], normed[0])
+    for row in range(rows):
+        _add(hidden[row], normed[row])
 
 
 layer = compiled(_layer)
@@ -482,7 +589,9 @@ def _smallest_layer(dtype: torch.dtype) -> None:
     two, none, cache = zeros(2), zeros(0), zeros(1, 1, 2)
     attention = (two, weight(6), none, none, none, weight(2))
     mlp = (two, weight(4), weight(2), none)
-    layer(zeros(1, 2), *attention, *mlp, two, two, cache, zeros(1, 1, 2), 0, 1e-5, parts())
+    rotary, mask = (zeros(1, 2), zeros(1, 2)), np.zeros((1, 1), np.float32)
+    cached = (cache, zeros(1, 1, 2), mask, 0)
+    layer(zeros(1, 2), *attention, *mlp, *rotary, *cached, 1e-5, parts())
 
 
 def parts() -> int:
@@ -541,8 +650,8 @@ class Product:
         return None
 
 
-class OneRow:
-    """All layers of a model for one new token of one sequence. Shares the weights' memory."""
+class FewRows:
+    """All layers of a model for few new tokens of one sequence. Shares the weights' memory."""
 
     def __init__(self, model: Transformer) -> None:
         self.eps = model.config.norm_eps
@@ -563,14 +672,24 @@ class OneRow:
             for layer in model.layers
         ]
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
-        """hidden [1, H] -> [1, H], in place; cos, sin [D]. Writes K/V behind the committed ones."""
-        at = cache.room_for(1)
-        row, threads = view(hidden), parts()
+    def __call__(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, new_mask: Tensor | None
+    ) -> Tensor:
+        """hidden [Q, H] -> [Q, H], in place; cos, sin [Q, D]. Writes K/V behind the committed ones.
+
+        new_mask [Q, S] as in `tidar_ref.model.attention_bias`; None for one token.
+        """
+        width = hidden.shape[0]
+        at = cache.room_for(width)
+        mask = torch.zeros(width, width if new_mask is None else new_mask.shape[-1])
+        if new_mask is not None:
+            mask.masked_fill_(~new_mask, float("-inf"))
+        rows, threads, seen = view(hidden), parts(), mask.numpy()
         rotary = view(cos), view(sin)
         keys, values = view(cache.k)[:, 0], view(cache.v)[:, 0]  # [layers, Hkv, slots, D]
         for index, weights in enumerate(self.layers):
-            layer(row, *weights, *rotary, keys[index], values[index], at, self.eps, threads)
+            cached = keys[index], values[index], seen, at
+            layer(rows, *weights, *rotary, *cached, self.eps, threads)
         return hidden
 
     def __deepcopy__(self, memo: dict) -> None:

@@ -25,10 +25,10 @@ from tidar_ref.attention import TwoPart
 from tidar_ref.cache import KVCache, OpenSlots
 from tidar_ref.config import ModelConfig
 from tidar_ref.flex_decode import FlexDecode
-from tidar_ref.linear import Linear, RMSNorm, TiedHead
+from tidar_ref.linear import KERNEL_UP_TO_ROWS, Linear, RMSNorm, TiedHead
 
 if TYPE_CHECKING:
-    from tidar_ref.kernels_cpu import OneRow
+    from tidar_ref.kernels_cpu import FewRows
 
 __all__ = ["ModelConfig", "Transformer"]
 
@@ -44,7 +44,7 @@ POSITIONS_PAST_THE_END = 64
 class Transformer(nn.Module):
     """The shared backbone. Parameters are uninitialised until loaded or `init_random` is called."""
 
-    one_row: OneRow | None = None  # compiled layers for a forward of one token, from `prepare`
+    few_rows: FewRows | None = None  # compiled layers for a forward of few tokens, from `prepare`
 
     def __init__(
         self,
@@ -79,25 +79,29 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | TiedHead):
                 module.prepare()
-        self.one_row = None
+        self.few_rows = None
         if all(
             part.kernel is not None for part in self.layers.modules() if isinstance(part, Linear)
         ):
-            from tidar_ref.kernels_cpu import OneRow
+            from tidar_ref.kernels_cpu import FewRows
 
-            self.one_row = OneRow(self)
+            self.few_rows = FewRows(self)
         return self
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Transformer:
-        self.one_row = None  # moved or converted: it would multiply by the old weights
+        self.few_rows = None  # moved or converted: it would multiply by the old weights
         return super()._apply(fn, recurse)
 
-    def _takes_one_row(self, bias: Tensor | TwoPart | None, rows: int) -> bool:
+    def _takes_few_rows(self, cache: KVCache, new_mask: Tensor | None, rows: int) -> bool:
         """Whether the compiled layers serve this forward; hooks want the layers called."""
         return (
-            self.one_row is not None
-            and rows == 1
-            and bias is None
+            self.few_rows is not None
+            and rows <= KERNEL_UP_TO_ROWS
+            and len(cache.lengths) == 1
+            and cache.uniform
+            and self.attention == "sdpa"
+            and (rows == 1 or not (self.compiled or self.mask_adapter))
+            and (rows == 1 if new_mask is None else rows > 1 and new_mask.dim() == 2)
             and not torch.is_grad_enabled()
             and not self.layers[0]._forward_pre_hooks
         )
@@ -178,8 +182,10 @@ class Transformer(nn.Module):
         if self.dtype != torch.float32:
             cos, sin = cos.to(self.dtype), sin.to(self.dtype)
         hidden = self.embed(input_ids.reshape(-1))  # [B*Q, H]: rows of every matrix product
-        if taps is None and self._takes_one_row(bias, batch * width):
-            return self.norm(self.one_row(hidden, cos.view(-1), sin.view(-1), cache))[None]
+        if taps is None and self._takes_few_rows(cache, new_mask, batch * width):
+            size = cos.shape[-1]
+            rotary = cos.view(width, size), sin.view(width, size)
+            return self.norm(self.few_rows(hidden, *rotary, cache, new_mask))[None]
         slots = cache.open(width)
         gate = None
         if self.mask_adapter is not None and width > 1:  # no decoder sends a lone mask
