@@ -378,13 +378,13 @@ _exp = compiled(_exp)
 def _attended_rows(
     q: Any, keys: Any, values: Any, mask: Any, length: int, lo: int, hi: int, out: Any
 ) -> None:
-    """Attention of several rows, of the key/value heads lo..hi; q [R, Hq, D], out [R, Hq * D].
+    """Attention of the rows lo..hi; q [R, Hq, D], out [R, Hq * D].
 
     mask [R, S]: of the last S slots, 0 for those a row sees and -inf for others. Keys and values
     are widened once, keys turned: slots then run along the vectors, so no sum crosses lanes.
     """
     like = q[0, 0, 0]
-    rows, heads, size = q.shape
+    heads, size = q.shape[1], q.shape[2]
     groups = heads // keys.shape[0]
     scale = np.float32(1 / math.sqrt(size))
     free, seen = length - mask.shape[1], mask.shape[1]
@@ -392,13 +392,13 @@ def _attended_rows(
     turned, plain = np.zeros((wide, long), np.float32), np.zeros((long, size), np.float32)
     query, total = np.zeros(wide, np.float32), np.empty(size, np.float32)
     scores = np.empty(long, np.float32)
-    for kv in range(lo, hi):
+    for kv in range(keys.shape[0]):
         for slot in range(length):
             k, v, target = keys[kv, slot], values[kv, slot], plain[slot]
             for i in range(size):
                 turned[i, slot] = value_of(k[i])
                 target[i] = value_of(v[i])
-        for row in range(rows):
+        for row in range(lo, hi):
             hidden = mask[row]
             for head in range(kv * groups, (kv + 1) * groups):
                 for i in range(size):
@@ -443,12 +443,12 @@ _attended_rows = compiled(_attended_rows)
 def _attend_rows(
     q: Any, keys: Any, values: Any, mask: Any, length: int, out: Any, parts: int
 ) -> None:
-    heads = keys.shape[0]
+    rows = q.shape[0]  # not heads: three of them would not halve
     if parts == 1:
-        _attended_rows(q, keys, values, mask, length, 0, heads, out)
+        _attended_rows(q, keys, values, mask, length, 0, rows, out)
         return
     for part in prange(parts):
-        lo, hi = heads * part // parts, heads * (part + 1) // parts
+        lo, hi = rows * part // parts, rows * (part + 1) // parts
         _attended_rows(q, keys, values, mask, length, lo, hi, out)
 
 

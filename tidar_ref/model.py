@@ -171,8 +171,11 @@ class Transformer(nn.Module):
         flex = self.attention == "flex" and behind
         fold = width <= FOLD_GROUPS_UP_TO and not flex
         groups = self.config.num_heads // self.config.num_kv_heads
+        few = taps is None and self._takes_few_rows(cache, new_mask, batch * width)
         bias: Tensor | TwoPart | FlexDecode | None
-        if flex:
+        if few:
+            bias = None  # the compiled layers take the mask as it is
+        elif flex:
             bias = FlexDecode(cache, new_mask, width)
         elif self.attention == "two_part" and fold and behind:
             bias = TwoPart(cache, new_mask, width, groups, self.dtype)
@@ -182,7 +185,7 @@ class Transformer(nn.Module):
         if self.dtype != torch.float32:
             cos, sin = cos.to(self.dtype), sin.to(self.dtype)
         hidden = self.embed(input_ids.reshape(-1))  # [B*Q, H]: rows of every matrix product
-        if taps is None and self._takes_few_rows(cache, new_mask, batch * width):
+        if few:
             size = cos.shape[-1]
             rotary = cos.view(width, size), sin.view(width, size)
             return self.norm(self.few_rows(hidden, *rotary, cache, new_mask))[None]
