@@ -11,8 +11,12 @@ import pytest
 import tiny
 import torch
 
+from bench.profiles import parse_decoders
+from bench.registry import build_decoder
+from bench.regress import PROMPTS, VOCAB, tiny_model
 from tidar_ref import linear
 from tidar_ref.cache import KVCache
+from tidar_ref.decoding import generate
 from tidar_ref.linear import Linear, TiedHead, kernel_route
 from tidar_ref.model import Transformer
 
@@ -153,6 +157,47 @@ def test_compiled_bfloat16_layers_are_as_exact_as_torch(rows: int) -> None:
 
 def _exact(model: Transformer, rows: int) -> torch.Tensor:
     return few_tokens(copy.deepcopy(model).double(), rows)[0]
+
+
+@pytest.mark.parametrize("label", [
+    "ar", "tidar:block_len=2", "tidar:block_len=4", "tidar:block_len=8,beta=0.5",
+    "tidar:block_len=8,outcomes=1-4-8", "tidar_two_forward:block_len=4", "prompt_lookup",
+    "eagle3:head=random,depth=4,top_k=3,nodes=9", "block_diffusion:block_len=4",
+])  # fmt: skip
+def test_decoders_write_the_same_on_compiled_layers(label: str) -> None:
+    """Text and ledger in float32, steps of many widths behind growing prefixes of one sequence."""
+    model = tiny_model()
+    if model.few_rows is None:
+        pytest.skip(kernel_route(model))
+    [spec] = parse_decoders([label])
+    decoder = build_decoder(spec, model, mask_token_id=VOCAB - 1)
+    few_rows, widths, found = model.few_rows, set(), []
+    for served in (lambda *a: widths.add(len(a[0])) or few_rows(*a), None):
+        model.few_rows = served
+        traces = [generate(decoder, [list(p)], max_new_tokens=40)[0] for p in PROMPTS.values()]
+        found.append([(t.token_ids, [s.committed for s in t.steps]) for t in traces])
+    assert found[0] == found[1]
+    assert widths and (label == "ar" or max(widths) > 1)
+
+
+def test_columns_before_the_new_tokens_are_seen_by_the_mask_alone() -> None:
+    """A tree's branch: the newest tokens in the cache are not everyone's prefix."""
+    model = tiny_model()
+    if model.few_rows is None:
+        pytest.skip(kernel_route(model))
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]], dtype=torch.bool)
+    few_rows, hidden = model.few_rows, []
+    for served in (few_rows, None):
+        model.few_rows = served
+        cache = KVCache(model.config, batch=1, max_len=20, scratch=4, dtype=torch.float32,
+                        device="cpu")  # fmt: skip
+        generator = torch.Generator().manual_seed(1)
+        for tensor in (cache.k, cache.v):
+            tensor.normal_(generator=generator)
+        cache.advance([9])
+        with torch.inference_mode():
+            hidden.append(model(torch.tensor([[3, 5]]), torch.tensor([[7, 7]]), cache, mask))
+    torch.testing.assert_close(*hidden, atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()
