@@ -181,13 +181,13 @@ def test_decoders_write_the_same_on_compiled_layers(label: str) -> None:
 
 
 def test_columns_before_the_new_tokens_are_seen_by_the_mask_alone() -> None:
-    """A tree's branch: the newest tokens in the cache are not everyone's prefix."""
+    """A tree's branch: the newest tokens in the cache are not everyone's prefix. Taps too."""
     model = tiny_model()
     if model.few_rows is None:
         pytest.skip(kernel_route(model))
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]], dtype=torch.bool)
-    few_rows, hidden = model.few_rows, []
-    for served in (few_rows, None):
+    few_rows, hidden, taps = model.few_rows, [], [{}, {}]
+    for index, served in enumerate((few_rows, None)):
         model.few_rows = served
         cache = KVCache(model.config, batch=1, max_len=20, scratch=4, dtype=torch.float32,
                         device="cpu")  # fmt: skip
@@ -196,7 +196,10 @@ def test_columns_before_the_new_tokens_are_seen_by_the_mask_alone() -> None:
             tensor.normal_(generator=generator)
         cache.advance([9])
         with torch.inference_mode():
-            hidden.append(model(torch.tensor([[3, 5]]), torch.tensor([[7, 7]]), cache, mask))
+            ids, at = torch.tensor([[3, 5]]), torch.tensor([[7, 7]])
+            hidden.append(model(ids, at, cache, mask, taps[index]))
+    assert taps[0].keys() == taps[1].keys() == set(range(len(model.layers) + 1))
+    torch.testing.assert_close(*taps, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(*hidden, atol=1e-5, rtol=1e-5)
 
 

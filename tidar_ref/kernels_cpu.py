@@ -673,11 +673,18 @@ class FewRows:
         ]
 
     def __call__(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, new_mask: Tensor | None
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache,
+        new_mask: Tensor | None,
+        taps: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """hidden [Q, H] -> [Q, H], in place; cos, sin [Q, D]. Writes K/V behind the committed ones.
 
-        new_mask [Q, S] as in `tidar_ref.model.attention_bias`; None for one token.
+        new_mask [Q, S] as in `tidar_ref.model.attention_bias`; None for one token. taps as in
+        `Transformer.forward`.
         """
         width = hidden.shape[0]
         at = cache.room_for(width)
@@ -688,8 +695,12 @@ class FewRows:
         rotary = view(cos), view(sin)
         keys, values = view(cache.k)[:, 0], view(cache.v)[:, 0]  # [layers, Hkv, slots, D]
         for index, weights in enumerate(self.layers):
+            if taps is not None:
+                taps[index] = hidden.clone()[None]
             cached = keys[index], values[index], seen, at
             layer(rows, *weights, *rotary, *cached, self.eps, threads)
+        if taps is not None:
+            taps[len(self.layers)] = hidden.clone()[None]
         return hidden
 
     def __deepcopy__(self, memo: dict) -> None:

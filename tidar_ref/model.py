@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         flex = self.attention == "flex" and behind
         fold = width <= FOLD_GROUPS_UP_TO and not flex
         groups = self.config.num_heads // self.config.num_kv_heads
-        few = taps is None and self._takes_few_rows(cache, new_mask, batch * width)
+        few = self._takes_few_rows(cache, new_mask, batch * width)
         bias: Tensor | TwoPart | FlexDecode | None
         if few:
             bias = None  # the compiled layers take the mask as it is
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
         if few:
             size = cos.shape[-1]
             rotary = cos.view(width, size), sin.view(width, size)
-            return self.norm(self.few_rows(hidden, *rotary, cache, new_mask))[None]
+            return self.norm(self.few_rows(hidden, *rotary, cache, new_mask, taps))[None]
         slots = cache.open(width)
         gate = None
         if self.mask_adapter is not None and width > 1:  # no decoder sends a lone mask
