@@ -56,6 +56,8 @@ def filled(model: tiny.Tiny, lengths: list[int], scratch: int) -> KVCache:
 @pytest.mark.parametrize("bounded", [False, True])
 def test_backbone_hidden_states_are_the_same(lengths: list[int], bounded: bool) -> None:
     """Every family and pattern: one row, causal, TiDAR's, a branch that is masked in the cache."""
+    # Flex uncompiled takes long: alone and ragged is what tells its patterns apart.
+    routes = ("two_part", "flex") if lengths in ([9], [3, 9, 1]) else ("two_part",)
     for family in tiny.FAMILIES:
         model = tiny.random_tiny(family)
         masks: list[tuple[int, Any]] = [(1, None), (4, causal_mask(4)), (6, decode_mask(2))]
@@ -68,14 +70,14 @@ def test_backbone_hidden_states_are_the_same(lengths: list[int], bounded: bool) 
             ids = torch.arange(len(lengths) * width).view(len(lengths), width) % 15
             positions = cache.kv_len[:, None] + torch.arange(width)
             found = {}
-            for route in ("sdpa", "two_part", "flex"):
+            for route in ("sdpa", *routes):
                 model.model.attention = route
                 try:
                     with torch.inference_mode():
                         found[route] = model.model(ids, positions, view, mask)
                 finally:
                     model.model.attention = "sdpa"
-            for route in ("two_part", "flex"):
+            for route in routes:
                 torch.testing.assert_close(found[route], found["sdpa"], atol=1e-5, rtol=1e-5)
 
 
