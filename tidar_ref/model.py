@@ -25,7 +25,7 @@ from tidar_ref.attention import TwoPart
 from tidar_ref.cache import KVCache, OpenSlots
 from tidar_ref.config import ModelConfig
 from tidar_ref.flex_decode import FlexDecode
-from tidar_ref.linear import KERNEL_UP_TO_ROWS, Linear, RMSNorm, TiedHead
+from tidar_ref.linear import Linear, RMSNorm, TiedHead
 
 if TYPE_CHECKING:
     from tidar_ref.kernels_cpu import FewRows
@@ -39,6 +39,8 @@ FOLD_GROUPS_UP_TO = 512
 # Drafts and masks near the last position look past it (by 3K - 1 at most, K <= 16) before they are
 # thrown away, so the rotary tables are that much longer than the context.
 POSITIONS_PAST_THE_END = 64
+# Beyond them the compiled layer measured slower than the plain one (cpu2_slots_bfloat16, 64 rows).
+FEW_ROWS = 32
 
 
 class Transformer(nn.Module):
@@ -96,7 +98,7 @@ class Transformer(nn.Module):
         """Whether the compiled layers serve this forward; hooks want the layers called."""
         return (
             self.few_rows is not None
-            and rows <= KERNEL_UP_TO_ROWS
+            and rows <= FEW_ROWS
             and len(cache.lengths) == 1
             and cache.uniform
             and self.attention == "sdpa"
