@@ -106,7 +106,8 @@ def _differences(record: SlotsRecord, name: str, header: RunHeader) -> Iterator[
     theirs, ours = record.header.environment, header.environment
     for what in ("gpu", "cpu", "threads", "kernels"):
         if theirs.get(what) != ours.get(what):
-            yield f"{what}: {theirs.get(what)}, not {ours.get(what)}"
+            said, wanted = (str(env.get(what) or "none noted") for env in (theirs, ours))
+            yield f"{what}: {said}, not {wanted}"
 
 
 def beside_steps(widths: Widths, c: tuple[float, ...]) -> Iterator[str]:
