@@ -15,10 +15,14 @@ from tidar_ref.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Part of a mixture: a builder of bench.corpora and how many examples (None: all it has)."""
+    """Part of a mixture: a builder of bench.corpora and how many examples (None: all it has).
+
+    seed: of the order they are taken in; another seed gives mostly other examples.
+    """
 
     name: str
     count: int | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,31 @@ SMOLLM2_TIDAR_OWN = dataclasses.replace(
     mixture=(Source(name="gsm8k-chains", count=1_500), Source(name="templates", count=2_500)),
     distil=("gsm8k-chains",),
     max_tokens=112,
+)
+SMOLLM2_TIDAR_SUMS = dataclasses.replace(
+    SMOLLM2_TIDAR_MORE,
+    name="smollm2-tidar-sums",
+    purpose="the AR half trained on, on new templates: what the next adapter's drafts then follow",
+    weights="embedded+smollm2-tidar+smollm2-tidar-more+smollm2-tidar-own",
+    objective=dict(kind="ar"),
+    train={**SMOLLM2_TIDAR_MORE.train, "minutes": 30},
+    mixture=(Source(name="templates", count=12_000, seed=1),),
+)
+SMOLLM2_TIDAR_LAST = dataclasses.replace(
+    SMOLLM2_TIDAR_OWN,
+    name="smollm2-tidar-last",
+    purpose="the joint model once more, on other chains of its own and the new templates",
+    weights="embedded+smollm2-tidar+smollm2-tidar-more+smollm2-tidar-own+smollm2-tidar-sums",
+    mixture=(
+        Source(name="gsm8k-chains", count=1_500, seed=1),
+        Source(name="templates", count=1_500, seed=2),
+    ),
+)
+SMOLLM2_TIDAR_ALIGNED = dataclasses.replace(
+    SMOLLM2_TIDAR,
+    name="smollm2-tidar-aligned",
+    purpose="ablation: the paper's aligned block grid instead of a random offset",
+    objective=dict(kind="tidar", block_lens=(4, 8), grids=2, random_offset=False),
 )
 SMOLLM2_FULL = dataclasses.replace(
     SMOLLM2_TIDAR,
@@ -249,6 +278,9 @@ RECIPES: dict[str, Recipe] = {
         SMOLLM2_FULL,
         SMOLLM2_TIDAR_MORE,
         SMOLLM2_TIDAR_OWN,
+        SMOLLM2_TIDAR_SUMS,
+        SMOLLM2_TIDAR_LAST,
+        SMOLLM2_TIDAR_ALIGNED,
         SMOLLM2_GATED,
         SMOLLM2_BLOCK,
         SMOLLM2_RANDOM_MASK,

@@ -84,7 +84,7 @@ def build(
     report: dict[str, Any] = {"sources": {}, "max_tokens": recipe.max_tokens}
     for source in recipe.mixture:
         pairs = pairs_of(source.name, source.count, data_dir)
-        random.Random(f"{source.name}/{seed}").shuffle(pairs)
+        random.Random(f"{source.name}/{seed + source.seed}").shuffle(pairs)
         kept, hygiene = clean(pairs)
         fitting: list[tuple[Pair, Example]] = []
         too_long = 0
