@@ -40,7 +40,7 @@ def distilled(corpus: Corpus, loaded: LoadedModel, recipe: Recipe, out: Path) ->
     out.mkdir(parents=True, exist_ok=True)
     path = out / ANSWERS_FILE
     answers = _read(path)
-    decoder = build(loaded.model)
+    decoder = build(loaded.model.prepare())
     eos = frozenset(loaded.source.eos_token_ids)
     chosen = [index for index, source in enumerate(corpus.sources) if source in recipe.distil]
     order = sorted(
@@ -70,6 +70,7 @@ def distilled(corpus: Corpus, loaded: LoadedModel, recipe: Recipe, out: Path) ->
                 file.write(json.dumps({"id": identity, "ids": trace.token_ids}) + "\n")
             file.flush()
             bar.update(len(group))
+    loaded.model.forget()  # training moves the weights
     examples = list(corpus.examples)
     for index in chosen:
         answer = answers[corpus.pairs[index].id]

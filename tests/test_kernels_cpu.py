@@ -19,10 +19,11 @@ from tidar_ref.cache import KVCache
 from tidar_ref.decoding import generate
 from tidar_ref.linear import Linear, TiedHead, kernel_route
 from tidar_ref.model import Transformer
+from tidar_ref.training import adapters
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((5, 2), (33, 10), (96, 64), (70, 130))  # outputs, inputs: not only multiples of a block
-ROWS = (1, 2, 3, 4, 5, 7, 20, 72, linear.KERNEL_UP_TO_ROWS + 1)
+ROWS = (1, 2, 3, 4, 5, 7, 20, 72, 75, 301)
 
 
 @pytest.fixture(autouse=True)
@@ -75,13 +76,37 @@ def test_products_of_all_heights_equal_float64(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_kernels_follow_weights_changed_in_place(dtype: torch.dtype) -> None:
+def test_prepared_again_kernels_have_the_new_weights(dtype: torch.dtype) -> None:
     module = product(6, 4, False, dtype)
-    if module.kernel is None:
-        pytest.skip(f"no compiled kernels here: {module.no_kernel}")
     x = torch.ones(1, 4, dtype=dtype)
     module.weight.fill_(2.0)
+    module.prepare()
     assert module(x).tolist() == [[8.0] * 6]
+
+
+@torch.inference_mode()
+def test_an_adapter_merged_into_a_prepared_model_counts() -> None:
+    model = tiny_model()
+    adapter = adapters.Adapter(
+        config=adapters.AdapterConfig(rank=2, alpha=2.0),
+        mask_token_id=VOCAB - 1,
+        factors={
+            f"layers.{index}.{name}": (
+                torch.randn(2, getattr(layer, name).in_features),
+                torch.randn(getattr(layer, name).out_features, 2),
+            )
+            for index, layer in enumerate(model.layers)
+            for name in adapters.PRODUCTS
+        },
+        mask_embedding=torch.randn(model.config.hidden_size),
+    )
+    before = [few_tokens(model, rows)[0] for rows in (1, 4)]
+    adapters.apply(model, adapter)
+    after = [few_tokens(model, rows)[0] for rows in (1, 4)]
+    plain = [few_tokens(copy.deepcopy(model), rows)[0] for rows in (1, 4)]  # copies have no kernels
+    for old, new, exact in zip(before, after, plain, strict=True):
+        torch.testing.assert_close(new, exact, atol=1e-3, rtol=1e-3)
+        assert not torch.allclose(old, new, atol=1e-2)
 
 
 @torch.inference_mode()
@@ -105,20 +130,20 @@ def few_tokens(model: Transformer, rows: int = 1) -> tuple[torch.Tensor, KVCache
     Several tokens see each other by a pattern that is neither causal nor whole.
     """
     cache = KVCache(
-        model.config, batch=1, max_len=50, scratch=20, dtype=model.dtype, device=model.device
+        model.config, batch=1, max_len=50, scratch=70, dtype=model.dtype, device=model.device
     )
     generator = torch.Generator().manual_seed(1)
     for stored in (cache.k, cache.v):
         stored.copy_(torch.randn(stored.shape, generator=generator))
     cache.advance([37])
-    ids = torch.arange(3, 3 + rows)[None]
+    ids = 3 + torch.arange(rows)[None] % 20
     mask = None
     if rows > 1:
         mask = (torch.rand(rows, rows, generator=generator) < 0.5) | torch.eye(rows).bool()
     return model(ids, 37 + ids % 5, cache, mask), cache
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 7, 20])
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 20, 65])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @torch.inference_mode()

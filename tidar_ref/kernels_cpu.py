@@ -18,7 +18,6 @@ first use on a machine compiles, which is kept in numba's cache (NUMBA_CACHE_DIR
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import sys
 import time
@@ -30,8 +29,9 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.core.errors import NumbaError
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -41,37 +41,20 @@ if TYPE_CHECKING:
 # Sums may be reordered and fused; infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 DTYPES = (torch.float32, torch.bfloat16)
-BLOCK = 32  # outputs whose weights stay in the L2 cache while all rows pass over them
 
 
 def compiled(function: Callable, **options: Any) -> Callable:
     """njit with the compiled code kept on disk, or in memory only if no folder can be written."""
+    # Division as numpy's: a check for zero would keep loops from being vectorised.
+    options = {"fastmath": FAST, "error_model": "numpy", **options}
     try:
-        return njit(cache=True, fastmath=FAST, **options)(function)
+        return njit(cache=True, **options)(function)
     except RuntimeError:  # numba: "no locator available"
-        return njit(fastmath=FAST, **options)(function)
-
-
-def chosen_by_type(stub: Callable) -> Callable[[Callable], Callable]:
-    """numba's overload; it compares signatures, so the annotations have to go."""
-
-    def register(choose: Callable) -> Callable:
-        def typed(*arguments: Any) -> Callable:
-            return _bare(choose(*arguments))
-
-        typed.__signature__ = inspect.signature(_bare(choose))  # type: ignore[attr-defined]
-        return overload(_bare(stub), jit_options={"fastmath": FAST})(typed)
-
-    return register
-
-
-def _bare(function: Callable) -> Callable:
-    function.__annotations__ = {}
-    return function
+        return njit(**options)(function)
 
 
 # Element access. A float32 array holds values, a uint16 array bfloat16 bits, a uint32 array two
-# bfloat16 of one weight row (the even element in the low half).
+# bfloat16 of neighbouring inputs of a weight (the even one in the low half).
 
 
 def _bits(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
@@ -88,23 +71,11 @@ def _rounded(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 @intrinsic
 def low(context: Any, pair: Any) -> Any:
-    """float32 of the even bfloat16 in a uint32 pair, or of a uint16."""
+    """float32 of the bfloat16 in the low half of a uint32."""
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        i32 = ir.IntType(32)
-        wide = builder.zext(args[0], i32) if args[0].type.width < 32 else args[0]
-        return builder.bitcast(builder.shl(wide, ir.Constant(i32, 16)), ir.FloatType())
-
-    return types.float32(pair), build
-
-
-@intrinsic
-def high(context: Any, pair: Any) -> Any:
-    """float32 of the odd bfloat16 in a uint32 pair."""
-
-    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        kept = builder.and_(args[0], ir.Constant(ir.IntType(32), 0xFFFF0000))
-        return builder.bitcast(kept, ir.FloatType())
+        shifted = builder.shl(args[0], ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(shifted, ir.FloatType())
 
     return types.float32(pair), build
 
@@ -149,157 +120,165 @@ def rounded(context: Any, value: Any, like: Any) -> Any:
     return types.float32(types.float32, like), build
 
 
-def _arranged(w: Any, x: Any) -> Any:
-    """Rows x (float32) as `_outputs` wants them beside weights w; see the overload."""
-    raise NotImplementedError
+# The product. A weight [out, in] lies in panels of 16 outputs: for each input (of bfloat16: each
+# pair of inputs) the 16 weights side by side. A tile multiplies a panel by up to 5 rows and holds
+# all their sums in registers (5 x 2 of AVX2's 16 vectors), so nothing is added across lanes, every
+# weight is read once for 5 rows, and a panel stays in the L1 cache while all rows pass over it.
+PANEL, TILE_ROWS = 16, 5
 
 
-@chosen_by_type(_arranged)
-def _arranged_for(w: Any, x: Any) -> Callable:
-    if w.dtype == types.float32:
-        return lambda w, x: x
+def _tile(rows: int) -> Any:
+    """The tile of that many rows: out[r] = panel of w times x[first + r], by vectors of 8."""
+    floats, words = ir.VectorType(ir.FloatType(), 8), ir.VectorType(ir.IntType(32), 8)
+    i32, i64 = ir.IntType(32), ir.IntType(64)
 
-    def split(w: Any, x: Any) -> Any:  # even elements first, then odd: a pair's halves
-        half = w.shape[1]
-        out = np.empty(x.shape, np.float32)
-        for m in range(x.shape[0]):
-            row, even, odd = x[m], out[m, :half], out[m, half:]
-            for k in range(half):
-                even[k] = row[2 * k]
-                odd[k] = row[2 * k + 1]
-        return out
+    def tile(
+        context: Any, w: Any, panel: Any, x: Any, first: Any, pairs: Any, out: Any, ahead: Any,
+        stride: Any,
+    ) -> Any:  # fmt: skip
+        """w [panels, in, 16] float32 or [panels, in / 2, 16] uint32; x [., in], out [5, 16]
+        float32; pairs = in / 2. All by rows without gaps. With every pair the cache line `ahead`
+        bytes into the panel is fetched, and ahead grows by stride."""
+        halves = w.dtype != types.float32
 
-    return split
+        def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            def start(index: int, offset: ir.Value) -> ir.Value:
+                data = context.make_array(signature.args[index])(context, builder, args[index]).data
+                return builder.gep(data, [offset])
+
+            def vector_at(pointer: ir.Value, kind: ir.Type) -> ir.Value:
+                return builder.bitcast(pointer, kind.as_pointer())
+
+            def number(value: int) -> ir.Constant:
+                return ir.Constant(i64, value)
+
+            inner = builder.mul(args[4], number(2))
+            lines = args[4] if halves else inner
+            weights = start(0, builder.mul(args[1], builder.mul(lines, number(PANEL))))
+            inputs = [
+                start(2, builder.mul(builder.add(args[3], number(row)), inner))
+                for row in range(rows)
+            ]
+            byte = ir.IntType(8).as_pointer()
+            fetch = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32]),
+                "llvm.prefetch.p0i8",
+            )
+            before = builder.block
+            loop, done = builder.append_basic_block(), builder.append_basic_block()
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            pair, soon = builder.phi(i64), builder.phi(i64)
+            pair.add_incoming(number(0), before)
+            soon.add_incoming(args[6], before)
+            sums = [[builder.phi(floats) for _ in range(2)] for _ in range(rows)]
+            added = [list(row) for row in sums]
+            later = builder.add(soon, args[7])
+            soon.add_incoming(later, loop)
+            place = builder.gep(builder.bitcast(weights, byte), [soon])
+            builder.call(fetch, [place, *(ir.Constant(i32, of) for of in (0, 2, 1))])
+            for half in range(2):  # the even inputs, then the odd ones
+                k = builder.add(builder.mul(pair, number(2)), number(half))
+                line = builder.gep(weights, [builder.mul(pair if halves else k, number(PANEL))])
+                parts = [builder.gep(line, [number(8 * v)]) for v in range(2)]
+                if halves:
+                    found = [builder.load(vector_at(part, words), align=4) for part in parts]
+                    word = ir.Constant(i32, 0xFFFF0000 if half else 16)
+                    by = ir.Constant(words, [word] * 8)
+                    turn = builder.and_ if half else builder.shl
+                    found = [builder.bitcast(turn(part, by), floats) for part in found]
+                else:
+                    found = [builder.load(vector_at(part, floats), align=4) for part in parts]
+                for row in range(rows):
+                    value = builder.load(builder.gep(inputs[row], [k]))
+                    lane = builder.insert_element(
+                        ir.Constant(floats, ir.Undefined), value, ir.Constant(i32, 0)
+                    )
+                    same = ir.Constant(ir.VectorType(i32, 8), [0] * 8)
+                    spread = builder.shuffle_vector(lane, lane, same)
+                    for v in range(2):
+                        term = builder.fmul(spread, found[v], flags=("contract",))
+                        added[row][v] = builder.fadd(added[row][v], term, flags=("contract",))
+            following = builder.add(pair, number(1))
+            pair.add_incoming(following, loop)
+            zero = ir.Constant(floats, [ir.Constant(ir.FloatType(), 0.0)] * 8)
+            for row in range(rows):
+                for v in range(2):
+                    sums[row][v].add_incoming(zero, before)
+                    sums[row][v].add_incoming(added[row][v], loop)
+            builder.cbranch(builder.icmp_signed("<", following, args[4]), loop, done)
+            builder.position_at_end(done)
+            for row in range(rows):
+                for v in range(2):
+                    place = start(5, number(row * PANEL + 8 * v))
+                    builder.store(added[row][v], vector_at(place, floats), align=4)
+            return context.get_dummy_value()
+
+        return types.void(w, panel, x, first, pairs, out, ahead, stride), build
+
+    return intrinsic(tile)
 
 
-def _outputs(w: Any, x: Any, bias: Any, y: Any, lo: int, hi: int) -> None:
-    """y[:, lo:hi] = x w[lo:hi]^T + bias; an empty bias is none. See the overload."""
-    raise NotImplementedError
+tile_1, tile_2, tile_3, tile_4, tile_5 = (_tile(rows) for rows in range(1, TILE_ROWS + 1))
 
 
-@chosen_by_type(_outputs)
-def _outputs_for(w: Any, x: Any, bias: Any, y: Any, lo: Any, hi: Any) -> Callable:
-    return _outputs_float32 if w.dtype == types.float32 else _outputs_pairs
-
-
-def _outputs_float32(w: Any, x: Any, bias: Any, y: Any, lo: int, hi: int) -> None:
-    zero = np.float32(0)
+def _panels(w: Any, x: Any, bias: Any, y: Any, lo: int, hi: int) -> None:
+    """y[:, 16 lo : 16 hi] = x w^T + bias with panels lo..hi of w; an empty bias is none."""
     like = y[0, 0]
-    rows, inner = x.shape
+    rows, pairs, outputs = x.shape[0], x.shape[1] // 2, y.shape[1]
     biased = bias.shape[0] > 0
-    if rows == 1:
-        x0 = x[0]
-        for n in range(lo, hi):
-            wn = w[n]
-            s = zero
-            for k in range(inner):
-                s += wn[k] * x0[k]
+    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    out = np.empty((TILE_ROWS, PANEL), np.float32)
+    size = 4 * PANEL * w.shape[1]  # bytes of a panel; every tile fetches its share of the next one
+    stride = size // pairs // tiles
+    for panel in range(lo, hi):
+        left = panel * PANEL
+        for tile in range(tiles):  # of like heights: a tile of one row would wait for its sums
+            ahead = size + tile * stride * pairs
+            first = rows * tile // tiles
+            height = rows * (tile + 1) // tiles - first
+            if height == 5:
+                tile_5(w, panel, x, first, pairs, out, ahead, stride)
+            elif height == 4:
+                tile_4(w, panel, x, first, pairs, out, ahead, stride)
+            elif height == 3:
+                tile_3(w, panel, x, first, pairs, out, ahead, stride)
+            elif height == 2:
+                tile_2(w, panel, x, first, pairs, out, ahead, stride)
+            else:
+                tile_1(w, panel, x, first, pairs, out, ahead, stride)
             if biased:
-                s += value_of(bias[n])
-            y[0, n] = as_stored(s, like)
-        return
-    sums = np.empty((3, 4), np.float32)
-    for block in range(lo, hi, BLOCK):
-        end = min(hi, block + BLOCK)
-        for m in range(0, rows, 3):
-            x0, x1, x2 = x[m], x[min(m + 1, rows - 1)], x[min(m + 2, rows - 1)]
-            for n in range(block, end, 4):
-                w0, w1 = w[n], w[min(n + 1, end - 1)]
-                w2, w3 = w[min(n + 2, end - 1)], w[min(n + 3, end - 1)]
-                a0 = a1 = a2 = a3 = zero
-                b0 = b1 = b2 = b3 = zero
-                c0 = c1 = c2 = c3 = zero
-                for k in range(inner):
-                    p, q, r = x0[k], x1[k], x2[k]
-                    v = w0[k]
-                    a0 += v * p
-                    b0 += v * q
-                    c0 += v * r
-                    v = w1[k]
-                    a1 += v * p
-                    b1 += v * q
-                    c1 += v * r
-                    v = w2[k]
-                    a2 += v * p
-                    b2 += v * q
-                    c2 += v * r
-                    v = w3[k]
-                    a3 += v * p
-                    b3 += v * q
-                    c3 += v * r
-                sums[0, 0], sums[0, 1], sums[0, 2], sums[0, 3] = a0, a1, a2, a3
-                sums[1, 0], sums[1, 1], sums[1, 2], sums[1, 3] = b0, b1, b2, b3
-                sums[2, 0], sums[2, 1], sums[2, 2], sums[2, 3] = c0, c1, c2, c3
-                for i in range(min(3, rows - m)):
-                    for j in range(min(4, end - n)):
-                        s = sums[i, j]
-                        if biased:
-                            s += value_of(bias[n + j])
-                        y[m + i, n + j] = as_stored(s, like)
+                for r in range(height):
+                    for n in range(min(PANEL, outputs - left)):
+                        out[r, n] += value_of(bias[left + n])
+            for r in range(height):
+                target = y[first + r]
+                if left + PANEL <= outputs:  # a fixed count: one vector loop
+                    for n in range(PANEL):
+                        target[left + n] = as_stored(out[r, n], like)
+                else:
+                    for n in range(outputs - left):
+                        target[left + n] = as_stored(out[r, n], like)
 
 
-def _outputs_pairs(w: Any, x: Any, bias: Any, y: Any, lo: int, hi: int) -> None:
-    zero = np.float32(0)
-    like = y[0, 0]
-    rows, half = x.shape[0], w.shape[1]
-    biased = bias.shape[0] > 0
-    if rows == 1:
-        even, odd = x[0, :half], x[0, half:]
-        for n in range(lo, hi):
-            wn = w[n]
-            s = zero
-            for k in range(half):
-                pair = wn[k]
-                s += low(pair) * even[k] + high(pair) * odd[k]
-            if biased:
-                s += value_of(bias[n])
-            y[0, n] = as_stored(s, like)
-        return
-    # More rows: widen a block of weights once, in the order of the split rows, then as float32.
-    wide = np.empty((BLOCK, 2 * half), np.float32)
-    none = np.empty(0, np.float32)
-    out = np.empty((rows, BLOCK), np.float32)
-    for block in range(lo, hi, BLOCK):
-        count = min(BLOCK, hi - block)
-        for n in range(count):
-            wn, even, odd = w[block + n], wide[n, :half], wide[n, half:]
-            for k in range(half):
-                pair = wn[k]
-                even[k] = low(pair)
-                odd[k] = high(pair)
-        _outputs(wide, x, none, out, 0, count)
-        for m in range(rows):
-            for n in range(count):
-                s = out[m, n]
-                if biased:
-                    s += value_of(bias[block + n])
-                y[m, block + n] = as_stored(s, like)
-
-
-def _share(count: int, part: int, parts: int) -> tuple[int, int]:
-    """The part-th of `parts` shares of 0..count, in whole fours."""
-    fours = (count + 3) // 4
-    return min(count, fours * part // parts * 4), min(count, fours * (part + 1) // parts * 4)
-
-
-_share = compiled(_share)
+_panels = compiled(_panels)
 
 
 def _product(w: Any, x: Any, bias: Any, y: Any, parts: int) -> None:
-    """y = x w^T + bias on `parts` threads; x, y [rows, ...] float32 or bfloat16 bits."""
+    """y = x w^T + bias on `parts` threads; w in panels, x, y [rows, ...] float32 or bfloat16
+    bits."""
     rows, inner = x.shape
     values = np.empty((rows, inner), np.float32)
     for m in range(rows):
         for k in range(inner):
             values[m, k] = value_of(x[m, k])
-    ready = _arranged(w, values)
-    outputs = y.shape[1]
+    panels = w.shape[0]
     if parts == 1:
-        _outputs(w, ready, bias, y, 0, outputs)
+        _panels(w, values, bias, y, 0, panels)
         return
     for part in prange(parts):
-        lo, hi = _share(outputs, part, parts)
-        _outputs(w, ready, bias, y, lo, hi)
+        _panels(w, values, bias, y, panels * part // parts, panels * (part + 1) // parts)
 
 
 product = compiled(_product, parallel=True)
@@ -380,61 +359,63 @@ def _attended_rows(
 ) -> None:
     """Attention of the rows lo..hi; q [R, Hq, D], out [R, Hq * D].
 
-    mask [R, S]: of the last S slots, 0 for those a row sees and -inf for others. Keys and values
-    are widened once, keys turned: slots then run along the vectors, so no sum crosses lanes.
+    mask [R, S]: of the last S slots, 0 for those a row sees and -inf for others. Both products are
+    `_panels`: keys and values are widened into panels once for all rows and heads of a group.
     """
-    like = q[0, 0, 0]
-    heads, size = q.shape[1], q.shape[2]
-    groups = heads // keys.shape[0]
+    like, none = q[0, 0, 0], np.empty(0, np.float32)
+    size, rows = q.shape[2], hi - lo
+    groups = q.shape[1] // keys.shape[0]
     scale = np.float32(1 / math.sqrt(size))
     free, seen = length - mask.shape[1], mask.shape[1]
-    wide, long = (size + 3) // 4 * 4, (length + 3) // 4 * 4
-    turned, plain = np.zeros((wide, long), np.float32), np.zeros((long, size), np.float32)
-    query, total = np.zeros(wide, np.float32), np.empty(size, np.float32)
-    scores = np.empty(long, np.float32)
+    blocks, sides = (length + PANEL - 1) // PANEL, (size + PANEL - 1) // PANEL
+    turned = np.zeros((blocks, size, PANEL), np.float32)  # slots side by side
+    plain = np.zeros((sides, blocks * PANEL, PANEL), np.float32)  # a slot's numbers side by side
+    query = np.empty((rows * groups, size), np.float32)
+    scores = np.empty((rows * groups, blocks * PANEL), np.float32)
+    total = np.empty((rows * groups, size), np.float32)
     for kv in range(keys.shape[0]):
         for slot in range(length):
-            k, v, target = keys[kv, slot], values[kv, slot], plain[slot]
+            k, v, target = keys[kv, slot], values[kv, slot], turned[slot // PANEL]
             for i in range(size):
-                turned[i, slot] = value_of(k[i])
-                target[i] = value_of(v[i])
-        for row in range(lo, hi):
-            hidden = mask[row]
-            for head in range(kv * groups, (kv + 1) * groups):
+                target[i, slot % PANEL] = value_of(k[i])
+            for side in range(sides):
+                line, left = plain[side, slot], side * PANEL
+                for i in range(min(PANEL, size - left)):
+                    line[i] = value_of(v[left + i])
+        for row in range(rows):
+            for group in range(groups):
+                asked, x = query[row * groups + group], q[lo + row, kv * groups + group]
                 for i in range(size):
-                    query[i] = value_of(q[row, head, i]) * scale
-                    total[i] = np.float32(0)
-                scores[:] = np.float32(0)
-                for i in range(0, wide, 4):
-                    q0, q1, q2, q3 = query[i], query[i + 1], query[i + 2], query[i + 3]
-                    k0, k1, k2, k3 = turned[i], turned[i + 1], turned[i + 2], turned[i + 3]
-                    for slot in range(long):
-                        more = q0 * k0[slot] + q1 * k1[slot] + q2 * k2[slot] + q3 * k3[slot]
-                        scores[slot] += more
+                    asked[i] = value_of(x[i]) * scale
+        _panels(turned, query, none, scores, 0, blocks)
+        for row in range(rows):
+            hidden = mask[lo + row]
+            for group in range(groups):
+                p = scores[row * groups + group]
                 for j in range(seen):
-                    scores[free + j] += hidden[j]
+                    p[free + j] += hidden[j]
                 top = np.float32(-np.inf)
                 for slot in range(length):
-                    top = max(top, scores[slot])
-                weights = np.float32(0)
+                    top = max(top, p[slot])
                 for slot in range(length):
-                    p = _exp(scores[slot] - top)
-                    scores[slot] = p
+                    p[slot] = _exp(p[slot] - top)
                 for j in range(seen):  # e^-87 is not nothing: what is hidden weighs 0
                     if hidden[j] < np.float32(0):
-                        scores[free + j] = np.float32(0)
+                        p[free + j] = np.float32(0)
+                weights = np.float32(0)
                 for slot in range(length):
-                    weights += scores[slot]
-                for slot in range(length, long):
-                    scores[slot] = np.float32(0)
-                for slot in range(0, long, 4):
-                    p0, p1 = scores[slot], scores[slot + 1]
-                    p2, p3 = scores[slot + 2], scores[slot + 3]
-                    v0, v1, v2, v3 = plain[slot], plain[slot + 1], plain[slot + 2], plain[slot + 3]
-                    for i in range(size):
-                        total[i] += p0 * v0[i] + p1 * v1[i] + p2 * v2[i] + p3 * v3[i]
+                    weights += p[slot]
+                for slot in range(length):
+                    p[slot] /= weights
+                for slot in range(length, p.shape[0]):
+                    p[slot] = np.float32(0)
+        _panels(plain, scores, none, total, 0, sides)
+        for row in range(rows):
+            for group in range(groups):
+                weighted, left = total[row * groups + group], (kv * groups + group) * size
+                target = out[lo + row, left : left + size]
                 for i in range(size):
-                    out[row, head * size + i] = as_stored(total[i] / weights, like)
+                    target[i] = as_stored(weighted[i], like)
 
 
 _attended_rows = compiled(_attended_rows)
@@ -475,14 +456,29 @@ def _add(x: Any, y: Any) -> None:
 
 def _gated(gate_up: Any, out: Any) -> None:
     """out [n] = silu(gate) * up of gate_up [2 n]."""
-    count, like = out.shape[0], out[0]
+    count, like, one = out.shape[0], out[0], np.float32(1)
+    gates, ups = gate_up[:count], gate_up[count:]
     for i in range(count):
-        gate = value_of(gate_up[i])
-        act = rounded(gate / (np.float32(1) + np.float32(math.exp(-gate))), like)
-        out[i] = as_stored(act * value_of(gate_up[count + i]), like)
+        x = value_of(gates[i])
+        e = _exp(-abs(x))
+        act = rounded(x * (one if x >= np.float32(0) else e) / (one + e), like)
+        out[i] = as_stored(act * value_of(ups[i]), like)
 
 
 _add, _gated = compiled(_add), compiled(_gated)
+
+
+def _gate(gate_up: Any, out: Any, parts: int) -> None:
+    rows = out.shape[0]
+    if parts == 1 or rows == 1:
+        for row in range(rows):
+            _gated(gate_up[row], out[row])
+        return
+    for row in prange(rows):
+        _gated(gate_up[row], out[row])
+
+
+gate = compiled(_gate, parallel=True)
 
 
 def _layer(
@@ -503,6 +499,8 @@ def _layer(
     values: Any,
     mask: Any,
     at: int,
+    count: int,
+    width: int,
     eps: float,
     parts: int,
 ) -> None:
@@ -510,16 +508,15 @@ def _layer(
 
     As `tidar_ref.model.Layer`; an empty q_norm, k_norm or bias is none. cos, sin [R, D]; mask
     [R, S] float32, of the last S slots 0 for those a row sees and -inf for others; for one row
-    all are seen.
+    all are seen. count: query heads; width: of the MLP.
     """
     rows, size, kv_heads = hidden.shape[0], cos.shape[1], keys.shape[0]
     normed = np.empty_like(hidden)
-    heads = np.empty((rows, qkv.shape[0]), hidden.dtype)
+    heads = np.empty((rows, (count + 2 * kv_heads) * size), hidden.dtype)
     for row in range(rows):
         _normed(hidden[row], attn_norm, eps, normed[row])
     product(qkv, normed, qkv_bias, heads, parts)
     split = heads.reshape(rows, -1, size)  # [R, Hq + 2 Hkv, D]
-    count = split.shape[1] - 2 * kv_heads
     queries = np.empty((rows, count, size), hidden.dtype)
     for row in range(rows):
         for head in range(count + kv_heads):
@@ -539,11 +536,10 @@ def _layer(
     for row in range(rows):
         _add(hidden[row], normed[row])
         _normed(hidden[row], mlp_norm, eps, normed[row])
-    inner = np.empty((rows, gate_up.shape[0]), hidden.dtype)
+    inner = np.empty((rows, 2 * width), hidden.dtype)
     product(gate_up, normed, none, inner, parts)
-    active = np.empty((rows, gate_up.shape[0] // 2), hidden.dtype)
-    for row in range(rows):
-        _gated(inner[row], active[row])
+    active = np.empty((rows, width), hidden.dtype)
+    gate(inner, active, parts)
     product(down, active, none, normed, parts)
     for row in range(rows):
         _add(hidden[row], normed[row])
@@ -584,14 +580,14 @@ def _smallest_layer(dtype: torch.dtype) -> None:
         return view(torch.zeros(*shape, dtype=dtype))
 
     def weight(outputs: int) -> np.ndarray:
-        return weight_view(torch.zeros(outputs, 2, dtype=dtype))
+        return packed(torch.zeros(outputs, 2, dtype=dtype))
 
     two, none, cache = zeros(2), zeros(0), zeros(1, 1, 2)
     attention = (two, weight(6), none, none, none, weight(2))
     mlp = (two, weight(4), weight(2), none)
     rotary, mask = (zeros(1, 2), zeros(1, 2)), np.zeros((1, 1), np.float32)
     cached = (cache, zeros(1, 1, 2), mask, 0)
-    layer(zeros(1, 2), *attention, *mlp, *rotary, *cached, 1e-5, parts())
+    layer(zeros(1, 2), *attention, *mlp, *rotary, *cached, 1, 2, 1e-5, parts())
 
 
 def parts() -> int:
@@ -608,10 +604,22 @@ def view(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def weight_view(weight: Tensor) -> np.ndarray:
-    """A weight [out, in]: float32, or uint32 [out, in/2] with two bfloat16 each."""
+def packed(weight: Tensor) -> np.ndarray:
+    """A weight [out, in] in panels of 16 outputs, zeros past the last: float32 [panels, in, 16], or
+    uint32 [panels, in / 2, 16] with two bfloat16 each."""
     weight = weight.detach()
-    return (weight.view(torch.uint32) if weight.dtype == torch.bfloat16 else weight).numpy()
+    outputs, inner = weight.shape
+    count = (outputs + PANEL - 1) // PANEL
+    each = 2 if weight.dtype == torch.bfloat16 else 1
+    whole = weight.new_zeros(count, inner // each, PANEL, each)
+    # A view of the target, in the order of the source: packed by one copy.
+    target = whole.permute(0, 2, 1, 3)
+    source = weight.view(outputs, inner // each, each)
+    full = outputs // PANEL
+    target[:full] = source[: full * PANEL].view(full, PANEL, inner // each, each)
+    target[full:, : outputs - full * PANEL] = source[full * PANEL :]
+    flat = whole.view(count, -1, PANEL * each)
+    return (flat.view(torch.uint32) if each == 2 else flat).numpy()
 
 
 def fits(weight: Tensor) -> bool:
@@ -621,7 +629,6 @@ def fits(weight: Tensor) -> bool:
         and weight.dtype in DTYPES
         and weight.is_contiguous()
         and weight.shape[1] % 2 == 0
-        and weight.data_ptr() % 4 == 0
     )
 
 
@@ -631,14 +638,14 @@ def make_product(weight: Tensor, bias: Tensor | None) -> Product | None:
 
 
 class Product:
-    """x [rows, in] -> x w^T + bias [rows, out] in the weight's dtype. Shares the weight's memory.
+    """x [rows, in] -> x w^T + bias [rows, out] in the weight's dtype. Keeps a copy of the weight.
 
-    A copy of a module does not share it: it is left without, until prepared itself.
+    A copy of a module is left without, until prepared itself.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.outputs = weight.shape[0]
-        self.weight = weight_view(weight)
+        self.weight = packed(weight)
         self.bias = view(weight.new_empty(0) if bias is None else bias)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -651,10 +658,11 @@ class Product:
 
 
 class FewRows:
-    """All layers of a model for few new tokens of one sequence. Shares the weights' memory."""
+    """All layers of a model for few new tokens of one sequence. Shares its products' weights."""
 
     def __init__(self, model: Transformer) -> None:
-        self.eps = model.config.norm_eps
+        config = model.config
+        self.sizes = config.num_heads, config.intermediate_size, config.norm_eps
         none = view(model.embed.weight.new_empty(0))
         self.layers = [
             (
@@ -698,7 +706,7 @@ class FewRows:
             if taps is not None:
                 taps[index] = hidden.clone()[None]
             cached = keys[index], values[index], seen, at
-            layer(rows, *weights, *rotary, *cached, self.eps, threads)
+            layer(rows, *weights, *rotary, *cached, *self.sizes, threads)
         if taps is not None:
             taps[len(self.layers)] = hidden.clone()[None]
         return hidden

@@ -2,16 +2,16 @@
 
 `Transformer.prepare` chooses the routes; `kernel_route` names them. Measured on two AVX2 cores with
 torch 2.13 and SmolLM2-135M:
-- up to KERNEL_UP_TO_ROWS rows: products compiled by numba (`tidar_ref.kernels_cpu`), for float32
-  and for bfloat16 without native instructions; where numba or its OpenMP layer is missing, torch;
-- bfloat16 without native instructions beyond that, or from WIDE_FROM_ROWS rows without numba: the
-  built-in product is 3 to 10 times slower than converting the few activations and multiplying in
-  float32. That route keeps a float32 copy of the weight (memory for time); products are
-  accumulated in float32 and rounded once;
+- products compiled by numba (`tidar_ref.kernels_cpu`), for float32 and for bfloat16 without native
+  instructions: at the memory's speed for one row, near the cores' from 20 rows on. They keep a
+  packed copy of the weight (memory for time): after a change of weights, prepare again;
+- bfloat16 without native instructions and without numba, from WIDE_FROM_ROWS rows: the built-in
+  product is 3 to 10 times slower than converting the few activations and multiplying in float32.
+  That route keeps a float32 copy; products are accumulated in float32 and rounded once;
 - torch's RMSNorm is a chain of small operations there, about a tenth of an AR step in all: for one
   row the sum of squares is one dot product.
 
-Weights stay as loaded, row by row; training and checkpoints see plain parameters.
+Parameters stay as loaded; training and checkpoints see plain ones.
 """
 
 from __future__ import annotations
@@ -28,22 +28,20 @@ if TYPE_CHECKING:
     from tidar_ref.kernels_cpu import Product
 
 WIDE_FROM_ROWS = 6
-KERNEL_UP_TO_ROWS = 72
 
 
 class Fast(nn.Module):
     """Mixin of modules with one matrix product: its routes besides torch's plain one."""
 
-    kernel: Product | None = None  # compiled product of few rows
-    wide: Tensor | None = None  # float32 copy of an emulated weight, for more rows
+    kernel: Product | None = None  # compiled product
+    wide: Tensor | None = None  # else of an emulated weight: a float32 copy
     no_kernel = "not prepared"  # why kernel is None
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [rows, in] -> x weight^T + bias [rows, out] on the route for that many rows."""
-        rows = x.shape[0]
-        if self.kernel is not None and rows <= KERNEL_UP_TO_ROWS and not torch.is_grad_enabled():
+        if self.kernel is not None and not torch.is_grad_enabled():
             return self.kernel(x)
-        if self.wide is not None and rows >= WIDE_FROM_ROWS:
+        if self.wide is not None and x.shape[0] >= WIDE_FROM_ROWS:
             bias = None if bias is None else bias.float()
             return F.linear(x.float(), self.wide, bias).to(x.dtype)
         return F.linear(x, weight, bias)
@@ -56,8 +54,6 @@ class Fast(nn.Module):
             self.no_kernel = "not on a CPU"
             return
         slow = emulated(weight.dtype)
-        if slow:
-            self.wide = weight.float()
         if weight.dtype != torch.float32 and not slow:
             self.no_kernel = f"this CPU multiplies {weight.dtype} itself".replace("torch.", "")
             return
@@ -65,6 +61,8 @@ class Fast(nn.Module):
         if make is not None:
             self.kernel = make(weight, bias)
             self.no_kernel = "odd width or layout" if self.kernel is None else ""
+        if slow and self.kernel is None:
+            self.wide = weight.float()
 
     def forget(self) -> None:
         """Back to torch's plain product."""

@@ -39,8 +39,8 @@ FOLD_GROUPS_UP_TO = 512
 # Drafts and masks near the last position look past it (by 3K - 1 at most, K <= 16) before they are
 # thrown away, so the rotary tables are that much longer than the context.
 POSITIONS_PAST_THE_END = 64
-# Beyond them the compiled layer measured slower than the plain one (cpu2_slots_bfloat16, 64 rows).
-FEW_ROWS = 32
+# Beyond them the compiled layers gain nothing over the plain ones, whose products are compiled too.
+FEW_ROWS = 128
 
 
 class Transformer(nn.Module):
@@ -89,6 +89,20 @@ class Transformer(nn.Module):
 
             self.few_rows = FewRows(self)
         return self
+
+    def forget(self) -> Transformer:
+        """Back to torch's plain products, which follow the weights wherever training moves them."""
+        self.few_rows = None
+        for module in self.modules():
+            if isinstance(module, Linear | TiedHead):
+                module.forget()
+        return self
+
+    @property
+    def prepared(self) -> bool:
+        """Whether some product runs on packed or converted copies of its weight."""
+        parts = (part for part in self.modules() if isinstance(part, Linear | TiedHead))
+        return any(part.kernel is not None or part.wide is not None for part in parts)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Transformer:
         self.few_rows = None  # moved or converted: it would multiply by the old weights

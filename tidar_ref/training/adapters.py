@@ -128,6 +128,8 @@ def merge(model: Transformer, adapter: Adapter) -> None:
         weight = model.get_parameter(f"{name}.weight")
         weight += (adapter.config.scale * (b.float() @ a.float())).to(weight)
     model.embed.weight[adapter.mask_token_id] = adapter.mask_embedding.to(model.embed.weight)
+    if model.prepared:  # its kernels hold the old weights
+        model.prepare()
 
 
 @torch.no_grad()
