@@ -120,7 +120,7 @@ def _device() -> list[Finding]:
     flags = environment.cpu_flags()
     wide = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags), "no AVX")
     text = f"{environment.cpu_model()}, {environment.usable_cores()} usable cores, {wide}, "
-    text += "bfloat16 native" if native else "bfloat16 emulated: no free token slots to expect"
+    text += "bfloat16 native" if native else "bfloat16 emulated: few free token slots to expect"
     found = [Finding(topic="cpu", ok=True, text=text)]
     memory = cuda_bytes()
     if memory is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,3 +270,32 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     (folder / "tidar.json").write_text(json.dumps({**notes, "base_sha256": "0" * 64}))
     with pytest.raises(UserError, match="was trained on weights"):
         load(f"random:tiny+{folder}")
+
+
+@pytest.mark.usefixtures("unfiltered")
+def test_an_adapter_brings_those_it_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(
+        rehearsal(get_recipe("smollm2-tidar")),
+        train=dict(steps=2, batch=2, micro_batch=2, lr=1e-2),
+        mixture=(Source(name="templates", count=4),),
+    )
+    shelf = tmp_path / "adapters"
+    monkeypatch.setattr("tidar_ref.checkpoint.ADAPTERS", shelf)
+    spec = "random:tiny"
+    for name in ("first", "second"):
+        train(dataclasses.replace(recipe, weights=spec), out=tmp_path, data_dir=None, argv=[])
+        shutil.move(tmp_path / "adapter", shelf / name)
+        (tmp_path / "state.pt").unlink()
+        spec += f"+{name}"
+    alone, stacked = load("random:tiny+second"), load("random:tiny+first+second")
+    assert alone.source == stacked.source and len(alone.source.adapters) == 2
+    for one, other in zip(alone.model.parameters(), stacked.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(UserError, match=r"first was trained on top of the base alone; .* second"):
+        load("random:tiny+second+first")
+    shutil.move(shelf / "first", tmp_path / "first")
+    with pytest.raises(UserError, match=r"second was trained on top of first sha256"):
+        load("random:tiny+second")
+    assert load(f"random:tiny+{tmp_path / 'first'}+second").source.adapters == alone.source.adapters

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,8 +157,8 @@ def _load_base(
 def with_adapter(loaded: LoadedModel, name: str) -> LoadedModel:
     """The model with an adapter on it: merged into the weights, or attached to its mask rows.
 
-    name: a folder, or the name of one under results/adapters/. UserError if it was made for
-    another base.
+    name: a folder, or the name of one under results/adapters/. The adapters it was trained on are
+    put under it if they are not there. UserError if it was made for another base or for others.
     """
     from tidar_ref.training import adapters
 
@@ -169,12 +169,15 @@ def with_adapter(loaded: LoadedModel, name: str) -> LoadedModel:
         known = ", ".join(sorted(path.name for path in ADAPTERS.glob("*") if path.is_dir()))
         raise UserError(f"adapter {name!r} is no folder, nor one of: {known or '(none here)'}")
     adapter = adapters.read(folder, loaded.model.config)
-    made_for = adapters.read_json(folder, adapters.NOTES_FILE).get("base_sha256")
+    notes = adapters.read_json(folder, adapters.NOTES_FILE)
+    made_for = notes.get("base_sha256")
     if made_for not in (None, loaded.source.sha256):
         raise UserError(
             f"adapter {folder.name} was trained on weights with sha256 {made_for}, these have"
             f" {loaded.source.sha256}: name its base before the +"
         )
+    if "base_adapters" in notes:
+        loaded = _with_stack(loaded, folder.name, notes["base_adapters"])
     adapters.apply(loaded.model, adapter)
     sha256 = _sha256(folder / adapters.WEIGHTS_FILE)
     source = replace(
@@ -184,6 +187,27 @@ def with_adapter(loaded: LoadedModel, name: str) -> LoadedModel:
         adapters=(*loaded.source.adapters, f"{folder.name} sha256 {sha256}"),
     )
     return LoadedModel(model=loaded.model, tokenizer=loaded.tokenizer, source=source)
+
+
+def _with_stack(loaded: LoadedModel, name: str, under: Sequence[str]) -> LoadedModel:
+    """The model with the adapters that adapter `name` was trained on, "<name> sha256 <digest>"."""
+
+    def digests(listed: Sequence[str]) -> list[str]:
+        return [entry.rpartition(" ")[2] for entry in listed]
+
+    have = len(loaded.source.adapters)
+    if digests(loaded.source.adapters) == digests(under)[:have]:
+        missing = [entry.partition(" ")[0] for entry in under[have:]]
+        if all((ADAPTERS / each).is_dir() for each in missing):
+            for each in missing:
+                loaded = with_adapter(loaded, each)
+    if digests(loaded.source.adapters) != digests(under):
+        raise UserError(
+            f"adapter {name} was trained on top of {', '.join(under) or 'the base alone'}; here it"
+            f" would lie on {', '.join(loaded.source.adapters) or 'the base alone'}: name the"
+            " adapters it needs before it, or it alone"
+        )
+    return loaded
 
 
 def _random(
