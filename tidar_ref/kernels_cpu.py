@@ -22,6 +22,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -172,7 +173,10 @@ def _tile(rows: int) -> Any:
             pair, soon = builder.phi(i64), builder.phi(i64)
             pair.add_incoming(number(0), before)
             soon.add_incoming(args[6], before)
-            sums = [[builder.phi(floats) for _ in range(2)] for _ in range(rows)]
+            # One or two rows: even and odd inputs have sums of their own, for a single chain each
+            # would leave the units waiting. Three rows would not fit the registers so.
+            chains = 2 if rows <= 2 else 1
+            sums = [[builder.phi(floats) for _ in range(2 * chains)] for _ in range(rows)]
             added = [list(row) for row in sums]
             later = builder.add(soon, args[7])
             soon.add_incoming(later, loop)
@@ -198,21 +202,24 @@ def _tile(rows: int) -> Any:
                     same = ir.Constant(ir.VectorType(i32, 8), [0] * 8)
                     spread = builder.shuffle_vector(lane, lane, same)
                     for v in range(2):
+                        at = v + 2 * (half if chains == 2 else 0)
                         term = builder.fmul(spread, found[v], flags=("contract",))
-                        added[row][v] = builder.fadd(added[row][v], term, flags=("contract",))
+                        added[row][at] = builder.fadd(added[row][at], term, flags=("contract",))
             following = builder.add(pair, number(1))
             pair.add_incoming(following, loop)
             zero = ir.Constant(floats, [ir.Constant(ir.FloatType(), 0.0)] * 8)
-            for row in range(rows):
-                for v in range(2):
-                    sums[row][v].add_incoming(zero, before)
-                    sums[row][v].add_incoming(added[row][v], loop)
+            for phi, value in zip(chain(*sums), chain(*added), strict=True):
+                phi.add_incoming(zero, before)
+                phi.add_incoming(value, loop)
             builder.cbranch(builder.icmp_signed("<", following, args[4]), loop, done)
             builder.position_at_end(done)
             for row in range(rows):
                 for v in range(2):
+                    whole = added[row][v]
+                    if chains == 2:
+                        whole = builder.fadd(whole, added[row][v + 2])
                     place = start(5, number(row * PANEL + 8 * v))
-                    builder.store(added[row][v], vector_at(place, floats), align=4)
+                    builder.store(whole, vector_at(place, floats), align=4)
             return context.get_dummy_value()
 
         return types.void(w, panel, x, first, pairs, out, ahead, stride), build
