@@ -717,6 +717,8 @@ def test_systems_of_other_training_have_other_names() -> None:
     assert system_name("t", tidar, ["joint"], notes) == "TiDAR, K=8, trust diffusion, random masks"
     tidar["params"]["beta"] = 0.5
     assert system_name("t", tidar, ["gate"], notes) == "TiDAR, K=8, beta 0.5, full masks, gated"
+    notes["aligned"] = {"recipe": {"objective": {"kind": "tidar", "random_offset": False}}}
+    assert system_name("t", tidar, ["aligned"], notes).endswith("full masks, aligned grid")
     assert system_name("a", {"name": "ar"}, ["joint"], notes) == "AR, the AR half of TiDAR"
     assert system_name("eagle3:depth=3", {"name": "eagle3"}, [], notes) == "eagle3:depth=3"
 

@@ -129,97 +129,98 @@ PANEL, TILE_ROWS = 16, 5
 
 
 def _tile(rows: int) -> Any:
-    """The tile of that many rows: out[r] = panel of w times x[first + r], by vectors of 8."""
-    floats, words = ir.VectorType(ir.FloatType(), 8), ir.VectorType(ir.IntType(32), 8)
-    i32, i64 = ir.IntType(32), ir.IntType(64)
+    """The tile of that many rows: out[r] = x[first + r] times a panel of w, by vectors of 8.
+
+    tile(w, panel, x, first, pairs, out, ahead, stride): w [panels, in, 16] float32 or
+    [panels, in / 2, 16] uint32; x [., in], out [5, 16] float32; pairs = in / 2; all by rows without
+    gaps. With every pair the cache line `ahead` bytes into the panel is fetched, and ahead grows by
+    stride.
+    """
+    i32, i64, byte = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+    floats, words = ir.VectorType(ir.FloatType(), 8), ir.VectorType(i32, 8)
+    fetching = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+    # One or two rows: even and odd inputs have sums of their own, for a single chain each would
+    # leave the units waiting. Three rows would not fit the registers so.
+    chains = 2 if rows <= 2 else 1
 
     def tile(
         context: Any, w: Any, panel: Any, x: Any, first: Any, pairs: Any, out: Any, ahead: Any,
         stride: Any,
     ) -> Any:  # fmt: skip
-        """w [panels, in, 16] float32 or [panels, in / 2, 16] uint32; x [., in], out [5, 16]
-        float32; pairs = in / 2. All by rows without gaps. With every pair the cache line `ahead`
-        bytes into the panel is fetched, and ahead grows by stride."""
-        halves = w.dtype != types.float32
+        paired = w.dtype != types.float32
 
-        def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            def start(index: int, offset: ir.Value) -> ir.Value:
-                data = context.make_array(signature.args[index])(context, builder, args[index]).data
-                return builder.gep(data, [offset])
-
-            def vector_at(pointer: ir.Value, kind: ir.Type) -> ir.Value:
-                return builder.bitcast(pointer, kind.as_pointer())
+        def build(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            weights, inputs, output = (
+                context.make_array(signature.args[i])(context, b, args[i]).data for i in (0, 2, 5)
+            )
+            panel, first, pairs, ahead, stride = (args[i] for i in (1, 3, 4, 6, 7))
 
             def number(value: int) -> ir.Constant:
                 return ir.Constant(i64, value)
 
-            inner = builder.mul(args[4], number(2))
-            lines = args[4] if halves else inner
-            weights = start(0, builder.mul(args[1], builder.mul(lines, number(PANEL))))
-            inputs = [
-                start(2, builder.mul(builder.add(args[3], number(row)), inner))
-                for row in range(rows)
-            ]
-            byte = ir.IntType(8).as_pointer()
-            fetch = cgutils.get_or_insert_function(
-                builder.module,
-                ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32]),
-                "llvm.prefetch.p0i8",
-            )
-            before = builder.block
-            loop, done = builder.append_basic_block(), builder.append_basic_block()
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            pair, soon = builder.phi(i64), builder.phi(i64)
-            pair.add_incoming(number(0), before)
-            soon.add_incoming(args[6], before)
-            # One or two rows: even and odd inputs have sums of their own, for a single chain each
-            # would leave the units waiting. Three rows would not fit the registers so.
-            chains = 2 if rows <= 2 else 1
-            sums = [[builder.phi(floats) for _ in range(2 * chains)] for _ in range(rows)]
+            def eight(pointer: ir.Value, kind: ir.Type) -> ir.Value:
+                return b.bitcast(pointer, kind.as_pointer())
+
+            def line(k: ir.Value, odd: int) -> list[ir.Value]:
+                """16 weights of one input as two vectors."""
+                at = b.gep(weights, [b.mul(pair if paired else k, number(PANEL))])
+                at = [b.gep(at, [number(8 * v)]) for v in range(2)]
+                if not paired:
+                    return [b.load(eight(part, floats), align=4) for part in at]
+                found = [b.load(eight(part, words), align=4) for part in at]
+                by = ir.Constant(words, [ir.Constant(i32, 0xFFFF0000 if odd else 16)] * 8)
+                return [b.bitcast((b.and_ if odd else b.shl)(two, by), floats) for two in found]
+
+            def spread(pointer: ir.Value) -> ir.Value:
+                """One number in all lanes."""
+                lane = ir.Constant(floats, ir.Undefined)
+                lane = b.insert_element(lane, b.load(pointer), ir.Constant(i32, 0))
+                return b.shuffle_vector(lane, lane, ir.Constant(words, [ir.Constant(i32, 0)] * 8))
+
+            inner = b.mul(pairs, number(2))
+            lines = pairs if paired else inner
+            weights = b.gep(weights, [b.mul(panel, b.mul(lines, number(PANEL)))])
+            inputs = b.gep(inputs, [b.mul(first, inner)])
+            row_starts = [b.gep(inputs, [b.mul(number(row), inner)]) for row in range(rows)]
+            fetch = cgutils.get_or_insert_function(b.module, fetching, "llvm.prefetch.p0i8")
+
+            before, loop, done = b.block, b.append_basic_block(), b.append_basic_block()
+            b.branch(loop)
+            b.position_at_end(loop)
+            pair, soon = b.phi(i64), b.phi(i64)
+            sums = [[b.phi(floats) for _ in range(2 * chains)] for _ in range(rows)]
             added = [list(row) for row in sums]
-            later = builder.add(soon, args[7])
-            soon.add_incoming(later, loop)
-            place = builder.gep(builder.bitcast(weights, byte), [soon])
-            builder.call(fetch, [place, *(ir.Constant(i32, of) for of in (0, 2, 1))])
-            for half in range(2):  # the even inputs, then the odd ones
-                k = builder.add(builder.mul(pair, number(2)), number(half))
-                line = builder.gep(weights, [builder.mul(pair if halves else k, number(PANEL))])
-                parts = [builder.gep(line, [number(8 * v)]) for v in range(2)]
-                if halves:
-                    found = [builder.load(vector_at(part, words), align=4) for part in parts]
-                    word = ir.Constant(i32, 0xFFFF0000 if half else 16)
-                    by = ir.Constant(words, [word] * 8)
-                    turn = builder.and_ if half else builder.shl
-                    found = [builder.bitcast(turn(part, by), floats) for part in found]
-                else:
-                    found = [builder.load(vector_at(part, floats), align=4) for part in parts]
+            place = b.gep(b.bitcast(weights, byte), [soon])
+            b.call(fetch, [place, *(ir.Constant(i32, hint) for hint in (0, 2, 1))])  # read, L2
+            for odd in range(2):
+                k = b.add(b.mul(pair, number(2)), number(odd))
+                vectors = line(k, odd)
                 for row in range(rows):
-                    value = builder.load(builder.gep(inputs[row], [k]))
-                    lane = builder.insert_element(
-                        ir.Constant(floats, ir.Undefined), value, ir.Constant(i32, 0)
-                    )
-                    same = ir.Constant(ir.VectorType(i32, 8), [0] * 8)
-                    spread = builder.shuffle_vector(lane, lane, same)
+                    value = spread(b.gep(row_starts[row], [k]))
                     for v in range(2):
-                        at = v + 2 * (half if chains == 2 else 0)
-                        term = builder.fmul(spread, found[v], flags=("contract",))
-                        added[row][at] = builder.fadd(added[row][at], term, flags=("contract",))
-            following = builder.add(pair, number(1))
-            pair.add_incoming(following, loop)
+                        at = v + 2 * odd * (chains - 1)
+                        term = b.fmul(value, vectors[v], flags=("contract",))
+                        added[row][at] = b.fadd(added[row][at], term, flags=("contract",))
             zero = ir.Constant(floats, [ir.Constant(ir.FloatType(), 0.0)] * 8)
-            for phi, value in zip(chain(*sums), chain(*added), strict=True):
+            counters = (
+                (pair, number(0), b.add(pair, number(1))),
+                (soon, ahead, b.add(soon, stride)),
+            )
+            for phi, start, new in counters:
+                phi.add_incoming(start, before)
+                phi.add_incoming(new, loop)
+            for phi, new in zip(chain(*sums), chain(*added), strict=True):
                 phi.add_incoming(zero, before)
-                phi.add_incoming(value, loop)
-            builder.cbranch(builder.icmp_signed("<", following, args[4]), loop, done)
-            builder.position_at_end(done)
+                phi.add_incoming(new, loop)
+            b.cbranch(b.icmp_signed("<", counters[0][2], pairs), loop, done)
+            b.position_at_end(done)
             for row in range(rows):
                 for v in range(2):
                     whole = added[row][v]
                     if chains == 2:
-                        whole = builder.fadd(whole, added[row][v + 2])
-                    place = start(5, number(row * PANEL + 8 * v))
-                    builder.store(whole, vector_at(place, floats), align=4)
+                        whole = b.fadd(whole, added[row][v + 2])
+                    place = b.gep(output, [number(row * PANEL + 8 * v)])
+                    b.store(whole, eight(place, floats), align=4)
             return context.get_dummy_value()
 
         return types.void(w, panel, x, first, pairs, out, ahead, stride), build

@@ -105,6 +105,7 @@ def system_name(
         masks = objective.get("masking", "full")
         gated = any(trained.get(adapter, {}).get("placement") == "mask" for adapter in stack)
         said += [trust, f"{masks} masks", *(["gated"] if gated else [])]
+        said += ["aligned grid"] if objective.get("random_offset") is False else []
         said += [f"outcomes {params['outcomes']}"] if "outcomes" in params else []
         return f"TiDAR, {', '.join(said)}"
     if name == "block_diffusion":
