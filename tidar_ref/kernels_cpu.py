@@ -1,12 +1,15 @@
-"""Matrix products of few rows, and a whole layer of one row, compiled by numba for the CPU.
+"""Matrix products, and whole layers of few rows, compiled by numba for the CPU.
 
 torch's own products on two AVX2 cores read the weights at about half of what memory delivers for
-one row, and fall behind much further between 2 and 72 rows, where TiDAR's steps lie. Here every
-weight is read once, row by row as it is stored: one dot product per output for one row, blocks of
-4 outputs x 3 rows held in registers for more. Sums are float32 for either dtype; a bfloat16 result
-is rounded once. A layer of one row (an AR step) is five parallel sections instead of some thirty
-torch operations, rounding bfloat16 where those do; a layer of few rows (a TiDAR step) is the same,
-with a mask among the new tokens.
+one row, and compute at half of what the cores can for the 2 to 72 rows of TiDAR's steps. Here
+weights are packed once in the order in which they are used, and the sums of 5 rows x 16 outputs
+stay in registers: one row runs at the memory's speed, 20 rows near the cores'. Sums are float32 for
+either dtype; a bfloat16 result is rounded once. A layer of one row (an AR step) is a few parallel
+sections instead of some thirty torch operations, rounding bfloat16 where those do; a layer of few
+rows (a TiDAR step) is the same, with a mask among the new tokens.
+
+All in one file on purpose: numba's disk cache notices a change of the file a kernel is in, not of
+those it calls.
 
 Threads come from OpenMP: numba's "omp" layer binds to the runtime torch has loaded, so both share
 one pool. Other layers would bring a second pool that competes for the cores; they are not used.

@@ -2,9 +2,10 @@
 
 `Transformer.prepare` chooses the routes; `kernel_route` names them. Measured on two AVX2 cores with
 torch 2.13 and SmolLM2-135M:
-- products compiled by numba (`tidar_ref.kernels_cpu`), for float32 and for bfloat16 without native
-  instructions: at the memory's speed for one row, near the cores' from 20 rows on. They keep a
-  packed copy of the weight (memory for time): after a change of weights, prepare again;
+- products compiled by numba (`tidar_ref.kernels_cpu`), for bfloat16 without native instructions and
+  for float32 up to KERNEL_UP_TO_ROWS rows, beyond which torch's is as fast: at the memory's speed
+  for one row, near the cores' from 20 rows on. They keep a packed copy of the weight (memory for
+  time): after a change of weights, prepare again;
 - bfloat16 without native instructions and without numba, from WIDE_FROM_ROWS rows: the built-in
   product is 3 to 10 times slower than converting the few activations and multiplying in float32.
   That route keeps a float32 copy; products are accumulated in float32 and rounded once;
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tidar_ref.kernels_cpu import Product
 
 WIDE_FROM_ROWS = 6
+KERNEL_UP_TO_ROWS = 128
 
 
 class Fast(nn.Module):
@@ -39,7 +41,8 @@ class Fast(nn.Module):
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [rows, in] -> x weight^T + bias [rows, out] on the route for that many rows."""
-        if self.kernel is not None and not torch.is_grad_enabled():
+        few = x.shape[0] <= KERNEL_UP_TO_ROWS or weight.dtype != torch.float32
+        if self.kernel is not None and few and not torch.is_grad_enabled():
             return self.kernel(x)
         if self.wide is not None and x.shape[0] >= WIDE_FROM_ROWS:
             bias = None if bias is None else bias.float()
