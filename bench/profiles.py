@@ -115,6 +115,8 @@ EMBEDDED = Profile(
         AR,
         tidar(4),
         tidar(8),
+        # Few token slots are free on a CPU: the likeliest outcome alone is the fastest there.
+        DecoderSpec(name="tidar", params=(("block_len", 4), ("beta", 1), ("outcomes", 4))),
         DecoderSpec(name="tidar_two_forward", params=(("block_len", 4),)),
         DecoderSpec(name="prompt_lookup"),
         DecoderSpec(name="eagle3", params=(("head", "smollm2-eagle3"), ("depth", 3))),
