@@ -116,6 +116,20 @@ SMOLLM2_TIDAR_LAST = dataclasses.replace(
         Source(name="templates", count=1_500, seed=2),
     ),
 )
+SMOLLM2_TIDAR_DRAFTS = dataclasses.replace(
+    SMOLLM2_TIDAR_LAST,
+    name="smollm2-tidar-drafts",
+    purpose="drafting alone, on mask rows, from where the joint model ended: its text stays its own",
+    weights="embedded+smollm2-tidar-last",
+    objective=dict(kind="tidar", block_lens=(4, 8), grids=4),
+    adapter=dict(rank=64, alpha=64.0, placement="mask"),
+    mixture=(
+        Source(name="gsm8k-chains", count=3_000, seed=2),
+        Source(name="templates", count=300, seed=3),
+    ),
+    distil=("gsm8k-chains", "templates"),
+    max_tokens=160,
+)
 SMOLLM2_TIDAR_ALIGNED = dataclasses.replace(
     SMOLLM2_TIDAR,
     name="smollm2-tidar-aligned",
@@ -280,6 +294,7 @@ RECIPES: dict[str, Recipe] = {
         SMOLLM2_TIDAR_OWN,
         SMOLLM2_TIDAR_SUMS,
         SMOLLM2_TIDAR_LAST,
+        SMOLLM2_TIDAR_DRAFTS,
         SMOLLM2_TIDAR_ALIGNED,
         SMOLLM2_GATED,
         SMOLLM2_BLOCK,

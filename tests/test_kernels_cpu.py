@@ -84,22 +84,32 @@ def test_prepared_again_kernels_have_the_new_weights(dtype: torch.dtype) -> None
     assert module(x).tolist() == [[8.0] * 6]
 
 
+def random_adapter(model: Transformer, placement: str) -> adapters.Adapter:
+    """Rank 3, which fills no panel; its mask token is the last of the vocabulary."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = {
+        f"layers.{index}.{name}": getattr(layer, name).weight.shape
+        for index, layer in enumerate(model.layers)
+        for name in adapters.PRODUCTS
+    }
+    return adapters.Adapter(
+        config=adapters.AdapterConfig(rank=3, alpha=6.0, placement=placement),
+        mask_token_id=model.config.vocab_size - 1,
+        factors={
+            name: (
+                torch.randn(3, inputs, generator=generator) / inputs**0.5,
+                torch.randn(outputs, 3, generator=generator).to(torch.bfloat16).float() / 4,
+            )
+            for name, (outputs, inputs) in shapes.items()
+        },
+        mask_embedding=torch.randn(model.config.hidden_size, generator=generator),
+    )
+
+
 @torch.inference_mode()
 def test_an_adapter_merged_into_a_prepared_model_counts() -> None:
     model = tiny_model()
-    adapter = adapters.Adapter(
-        config=adapters.AdapterConfig(rank=2, alpha=2.0),
-        mask_token_id=VOCAB - 1,
-        factors={
-            f"layers.{index}.{name}": (
-                torch.randn(2, getattr(layer, name).in_features),
-                torch.randn(getattr(layer, name).out_features, 2),
-            )
-            for index, layer in enumerate(model.layers)
-            for name in adapters.PRODUCTS
-        },
-        mask_embedding=torch.randn(model.config.hidden_size),
-    )
+    adapter = random_adapter(model, "all")
     before = [few_tokens(model, rows)[0] for rows in (1, 4)]
     adapters.apply(model, adapter)
     after = [few_tokens(model, rows)[0] for rows in (1, 4)]
@@ -124,10 +134,13 @@ def test_gradients_flow_through_prepared_products() -> None:
     assert module.weight.grad is not None and module.weight.is_contiguous()
 
 
-def few_tokens(model: Transformer, rows: int = 1) -> tuple[torch.Tensor, KVCache]:
+def few_tokens(
+    model: Transformer, rows: int = 1, masks: bool = False
+) -> tuple[torch.Tensor, KVCache]:
     """Final hidden states of `rows` tokens behind 37 random cached ones, and the cache.
 
-    Several tokens see each other by a pattern that is neither causal nor whole.
+    Several tokens see each other by a pattern that is neither causal nor whole. masks: all but
+    every third of them are the mask token, the last of the vocabulary.
     """
     cache = KVCache(
         model.config, batch=1, max_len=50, scratch=70, dtype=model.dtype, device=model.device
@@ -137,10 +150,12 @@ def few_tokens(model: Transformer, rows: int = 1) -> tuple[torch.Tensor, KVCache
         stored.copy_(torch.randn(stored.shape, generator=generator))
     cache.advance([37])
     ids = 3 + torch.arange(rows)[None] % 20
+    if masks:
+        ids[ids % 3 > 0] = model.config.vocab_size - 1
     mask = None
     if rows > 1:
         mask = (torch.rand(rows, rows, generator=generator) < 0.5) | torch.eye(rows).bool()
-    return model(ids, 37 + ids % 5, cache, mask), cache
+    return model(ids, 37 + torch.arange(rows)[None] % 5, cache, mask), cache
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 20, 65])
@@ -180,8 +195,50 @@ def test_compiled_bfloat16_layers_are_as_exact_as_torch(rows: int) -> None:
     assert got <= 1.5 * plain + 1e-3
 
 
-def _exact(model: Transformer, rows: int) -> torch.Tensor:
-    return few_tokens(copy.deepcopy(model).double(), rows)[0]
+@pytest.mark.parametrize("rows", [1, 4, 20])
+@pytest.mark.parametrize("first", ["prepare", "attach"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.inference_mode()
+def test_a_mask_adapter_in_compiled_layers_equals_the_plain_one(
+    family: str, first: str, rows: int
+) -> None:
+    model = Transformer(oracles.tiny_config(family)).init_random(0)
+    alone = few_tokens(model, rows, masks=True)[0]
+    adapter = random_adapter(model, "mask")
+    if first == "prepare":
+        model.prepare()
+    adapters.apply(model, adapter)
+    model.prepare()
+    few_rows = model.few_rows
+    if few_rows is None:
+        pytest.skip(kernel_route(model))
+    served = []
+    model.few_rows = lambda *args: served.append(1) or few_rows(*args)
+    got, cache = few_tokens(model, rows, masks=True)
+    model.few_rows = None
+    expected, plain = few_tokens(model, rows, masks=True)
+    assert served == [1]
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close((cache.k, cache.v), (plain.k, plain.v), atol=2e-5, rtol=2e-5)
+    # No decoder sends a lone mask.
+    assert torch.allclose(alone, expected, atol=1e-3, rtol=1e-3) == (rows == 1)
+
+
+@torch.inference_mode()
+def test_a_mask_adapter_in_compiled_bfloat16_layers_is_as_exact_as_torch() -> None:
+    model = Transformer(oracles.tiny_config("llama"), dtype=torch.bfloat16).init_random(0)
+    adapters.apply(model, random_adapter(model, "mask"))
+    exact = _exact(model, 20, masks=True)
+    plain = float((few_tokens(model, 20, masks=True)[0].double() - exact).norm())
+    model.prepare()
+    if model.few_rows is None:
+        pytest.skip(kernel_route(model))
+    got = float((few_tokens(model, 20, masks=True)[0].double() - exact).norm())
+    assert got <= 1.5 * plain + 1e-3
+
+
+def _exact(model: Transformer, rows: int, masks: bool = False) -> torch.Tensor:
+    return few_tokens(copy.deepcopy(model).double(), rows, masks)[0]
 
 
 @pytest.mark.parametrize("label", [

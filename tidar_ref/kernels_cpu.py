@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
@@ -479,6 +480,26 @@ def _gated(gate_up: Any, out: Any) -> None:
 _add, _gated = compiled(_add), compiled(_gated)
 
 
+def _add_low_rank(x: Any, a: Any, b: Any, masks: Any, y: Any, parts: int) -> None:
+    """y += x a^T b^T on the rows `masks`; a, b in panels, rank filled up to whole panels."""
+    count, like, none = masks.shape[0], y[0, 0], np.empty(0, np.float32)
+    chosen = np.empty((count, x.shape[1]), np.float32)
+    for row in range(count):
+        for k in range(x.shape[1]):
+            chosen[row, k] = value_of(x[masks[row], k])
+    inner = np.empty((count, a.shape[0] * PANEL), np.float32)
+    more = np.empty((count, y.shape[1]), np.float32)
+    product(a, chosen, none, inner, parts)
+    product(b, inner, none, more, parts)
+    for row in range(count):
+        target = y[masks[row]]
+        for n in range(target.shape[0]):
+            target[n] = as_stored(value_of(target[n]) + rounded(more[row, n], like), like)
+
+
+_add_low_rank = compiled(_add_low_rank)
+
+
 def _gate(gate_up: Any, out: Any, parts: int) -> None:
     rows = out.shape[0]
     if parts == 1 or rows == 1:
@@ -504,6 +525,8 @@ def _layer(
     gate_up: Any,
     down: Any,
     none: Any,
+    low_rank: Any,
+    masks: Any,
     cos: Any,
     sin: Any,
     keys: Any,
@@ -519,14 +542,18 @@ def _layer(
 
     As `tidar_ref.model.Layer`; an empty q_norm, k_norm or bias is none. cos, sin [R, D]; mask
     [R, S] float32, of the last S slots 0 for those a row sees and -inf for others; for one row
-    all are seen. count: query heads; width: of the MLP.
+    all are seen. count: query heads; width: of the MLP. low_rank: A and B of an adapter beside
+    qkv, o, gate_up and down, for the rows `masks`.
     """
     rows, size, kv_heads = hidden.shape[0], cos.shape[1], keys.shape[0]
+    gated = masks.shape[0] > 0
     normed = np.empty_like(hidden)
     heads = np.empty((rows, (count + 2 * kv_heads) * size), hidden.dtype)
     for row in range(rows):
         _normed(hidden[row], attn_norm, eps, normed[row])
     product(qkv, normed, qkv_bias, heads, parts)
+    if gated:
+        _add_low_rank(normed, low_rank[0], low_rank[1], masks, heads, parts)
     split = heads.reshape(rows, -1, size)  # [R, Hq + 2 Hkv, D]
     queries = np.empty((rows, count, size), hidden.dtype)
     for row in range(rows):
@@ -544,14 +571,20 @@ def _layer(
     else:
         attend_rows(queries, keys, values, mask, at + rows, out, parts)
     product(o, out, none, normed, parts)
+    if gated:
+        _add_low_rank(out, low_rank[2], low_rank[3], masks, normed, parts)
     for row in range(rows):
         _add(hidden[row], normed[row])
         _normed(hidden[row], mlp_norm, eps, normed[row])
     inner = np.empty((rows, 2 * width), hidden.dtype)
     product(gate_up, normed, none, inner, parts)
+    if gated:
+        _add_low_rank(normed, low_rank[4], low_rank[5], masks, inner, parts)
     active = np.empty((rows, width), hidden.dtype)
     gate(inner, active, parts)
     product(down, active, none, normed, parts)
+    if gated:
+        _add_low_rank(active, low_rank[6], low_rank[7], masks, normed, parts)
     for row in range(rows):
         _add(hidden[row], normed[row])
 
@@ -596,9 +629,10 @@ def _smallest_layer(dtype: torch.dtype) -> None:
     two, none, cache = zeros(2), zeros(0), zeros(1, 1, 2)
     attention = (two, weight(6), none, none, none, weight(2))
     mlp = (two, weight(4), weight(2), none)
+    adapter = ((packed(torch.zeros(0, 2, dtype=dtype)),) * 8, np.zeros(0, np.int64))
     rotary, mask = (zeros(1, 2), zeros(1, 2)), np.zeros((1, 1), np.float32)
     cached = (cache, zeros(1, 1, 2), mask, 0)
-    layer(zeros(1, 2), *attention, *mlp, *rotary, *cached, 1, 2, 1e-5, parts())
+    layer(zeros(1, 2), *attention, *mlp, *adapter, *rotary, *cached, 1, 2, 1e-5, parts())
 
 
 def parts() -> int:
@@ -629,8 +663,20 @@ def packed(weight: Tensor) -> np.ndarray:
     full = outputs // PANEL
     target[:full] = source[: full * PANEL].view(full, PANEL, inner // each, each)
     target[full:, : outputs - full * PANEL] = source[full * PANEL :]
-    flat = whole.view(count, -1, PANEL * each)
+    flat = whole.view(count, inner // each, PANEL * each)
     return (flat.view(torch.uint32) if each == 2 else flat).numpy()
+
+
+def _packed_adapter(
+    low_rank: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> tuple[np.ndarray, ...]:
+    """A and B of qkv, o, gate_up and down in panels; the rank is filled up to whole panels."""
+    found = []
+    for name in ("qkv", "o", "gate_up", "down"):
+        a, b = (part.to(dtype) for part in low_rank[name])
+        more = -a.shape[0] % PANEL
+        found += [F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more))]
+    return tuple(packed(part.contiguous()) for part in found)
 
 
 def fits(weight: Tensor) -> bool:
@@ -675,6 +721,8 @@ class FewRows:
         config = model.config
         self.sizes = config.num_heads, config.intermediate_size, config.norm_eps
         none = view(model.embed.weight.new_empty(0))
+        nothing = (packed(model.embed.weight.new_empty(0, 2)),) * 8
+        self.no_rows = np.zeros(0, np.int64)
         self.layers = [
             (
                 view(layer.attn_norm.weight),
@@ -687,6 +735,7 @@ class FewRows:
                 layer.gate_up.kernel.weight,
                 layer.down.kernel.weight,
                 none,
+                _packed_adapter(layer.low_rank, model.dtype) if layer.low_rank else nothing,
             )
             for layer in model.layers
         ]
@@ -699,11 +748,12 @@ class FewRows:
         cache: KVCache,
         new_mask: Tensor | None,
         taps: dict[int, Tensor] | None = None,
+        is_mask: Tensor | None = None,
     ) -> Tensor:
         """hidden [Q, H] -> [Q, H], in place; cos, sin [Q, D]. Writes K/V behind the committed ones.
 
         new_mask [Q, S] as in `tidar_ref.model.attention_bias`; None for one token. taps as in
-        `Transformer.forward`.
+        `Transformer.forward`. is_mask [Q]: rows on which an attached mask adapter acts.
         """
         width = hidden.shape[0]
         at = cache.room_for(width)
@@ -712,12 +762,13 @@ class FewRows:
             mask.masked_fill_(~new_mask, float("-inf"))
         rows, threads, seen = view(hidden), parts(), mask.numpy()
         rotary = view(cos), view(sin)
+        masks = self.no_rows if is_mask is None else is_mask.nonzero()[:, 0].numpy()
         keys, values = view(cache.k)[:, 0], view(cache.v)[:, 0]  # [layers, Hkv, slots, D]
         for index, weights in enumerate(self.layers):
             if taps is not None:
                 taps[index] = hidden.clone()[None]
             cached = keys[index], values[index], seen, at
-            layer(rows, *weights, *rotary, *cached, *self.sizes, threads)
+            layer(rows, *weights, masks, *rotary, *cached, *self.sizes, threads)
         if taps is not None:
             taps[len(self.layers)] = hidden.clone()[None]
         return hidden

@@ -85,10 +85,13 @@ class Transformer(nn.Module):
         if all(
             part.kernel is not None for part in self.layers.modules() if isinstance(part, Linear)
         ):
-            from tidar_ref.kernels_cpu import FewRows
-
-            self.few_rows = FewRows(self)
+            self._compile_few_rows()
         return self
+
+    def _compile_few_rows(self) -> None:
+        from tidar_ref.kernels_cpu import FewRows
+
+        self.few_rows = FewRows(self)
 
     def forget(self) -> Transformer:
         """Back to torch's plain products, which follow the weights wherever training moves them."""
@@ -116,7 +119,7 @@ class Transformer(nn.Module):
             and len(cache.lengths) == 1
             and cache.uniform
             and self.attention == "sdpa"
-            and (rows == 1 or not (self.compiled or self.mask_adapter))
+            and (rows == 1 or not self.compiled)
             and (rows == 1 if new_mask is None else rows > 1 and new_mask.dim() == 2)
             and not torch.is_grad_enabled()
             and not self.layers[0]._forward_pre_hooks
@@ -145,6 +148,8 @@ class Transformer(nn.Module):
                 for a, b in (factors[f"layers.{index}.{name}"],)
             }
         self.mask_adapter = MaskAdapter(token_id=token_id, embedding=embedding.to(**where))
+        if self.few_rows is not None:
+            self._compile_few_rows()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -201,16 +206,17 @@ class Transformer(nn.Module):
         if self.dtype != torch.float32:
             cos, sin = cos.to(self.dtype), sin.to(self.dtype)
         hidden = self.embed(input_ids.reshape(-1))  # [B*Q, H]: rows of every matrix product
+        is_mask = gate = None
+        if self.mask_adapter is not None and width > 1:  # no decoder sends a lone mask
+            is_mask = input_ids.reshape(-1) == self.mask_adapter.token_id
+            hidden = torch.where(is_mask[:, None], self.mask_adapter.embedding, hidden)
         if few:
             size = cos.shape[-1]
             rotary = cos.view(width, size), sin.view(width, size)
-            return self.norm(self.few_rows(hidden, *rotary, cache, new_mask, taps))[None]
+            return self.norm(self.few_rows(hidden, *rotary, cache, new_mask, taps, is_mask))[None]
+        if is_mask is not None:
+            gate = is_mask[:, None].to(self.dtype)
         slots = cache.open(width)
-        gate = None
-        if self.mask_adapter is not None and width > 1:  # no decoder sends a lone mask
-            is_mask = (input_ids.reshape(-1) == self.mask_adapter.token_id)[:, None]
-            hidden = torch.where(is_mask, self.mask_adapter.embedding, hidden)
-            gate = is_mask.to(self.dtype)
         for index, layer in enumerate(self.layers):
             if taps is not None:
                 taps[index] = hidden.view(batch, width, -1)
