@@ -119,7 +119,8 @@ SMOLLM2_TIDAR_LAST = dataclasses.replace(
 SMOLLM2_TIDAR_DRAFTS = dataclasses.replace(
     SMOLLM2_TIDAR_LAST,
     name="smollm2-tidar-drafts",
-    purpose="drafting alone, on mask rows, from where the joint model ended: its text stays its own",
+    purpose="drafting alone, on mask rows, from where the joint model ended: its text stays its"
+    " own",
     weights="embedded+smollm2-tidar-last",
     objective=dict(kind="tidar", block_lens=(4, 8), grids=4),
     adapter=dict(rank=64, alpha=64.0, placement="mask"),

@@ -546,13 +546,13 @@ def _layer(
     qkv, o, gate_up and down, for the rows `masks`.
     """
     rows, size, kv_heads = hidden.shape[0], cos.shape[1], keys.shape[0]
-    gated = masks.shape[0] > 0
+    adapted = masks.shape[0] > 0
     normed = np.empty_like(hidden)
     heads = np.empty((rows, (count + 2 * kv_heads) * size), hidden.dtype)
     for row in range(rows):
         _normed(hidden[row], attn_norm, eps, normed[row])
     product(qkv, normed, qkv_bias, heads, parts)
-    if gated:
+    if adapted:
         _add_low_rank(normed, low_rank[0], low_rank[1], masks, heads, parts)
     split = heads.reshape(rows, -1, size)  # [R, Hq + 2 Hkv, D]
     queries = np.empty((rows, count, size), hidden.dtype)
@@ -571,19 +571,19 @@ def _layer(
     else:
         attend_rows(queries, keys, values, mask, at + rows, out, parts)
     product(o, out, none, normed, parts)
-    if gated:
+    if adapted:
         _add_low_rank(out, low_rank[2], low_rank[3], masks, normed, parts)
     for row in range(rows):
         _add(hidden[row], normed[row])
         _normed(hidden[row], mlp_norm, eps, normed[row])
     inner = np.empty((rows, 2 * width), hidden.dtype)
     product(gate_up, normed, none, inner, parts)
-    if gated:
+    if adapted:
         _add_low_rank(normed, low_rank[4], low_rank[5], masks, inner, parts)
     active = np.empty((rows, width), hidden.dtype)
     gate(inner, active, parts)
     product(down, active, none, normed, parts)
-    if gated:
+    if adapted:
         _add_low_rank(active, low_rank[6], low_rank[7], masks, normed, parts)
     for row in range(rows):
         _add(hidden[row], normed[row])
