@@ -384,6 +384,11 @@ def test_a_curve_of_other_weights_is_named_or_asked_for(folder: Path, widths: Pa
     header.write_text(header.read_text().replace('"threads": 1', '"threads": 2'))
     text = autotune.report(folder, widths=widths, job="bfloat16")
     assert "seconds differ (weights: made, not w; threads: 2, not 1)" in text
+    made = loads(models.read_text())
+    made["made"]["kernels"] = "torch (why)"
+    models.write_text(dumps(made))
+    text = autotune.report(folder, widths=widths, job="bfloat16")
+    assert "threads: 2, not 1; kernels: torch (why), not none noted)" in text
 
 
 def test_a_width_record_without_a_curve_is_refused(folder: Path, widths: Path) -> None:

@@ -260,6 +260,8 @@ def test_predictions_use_the_papers_t_per_nfe() -> None:
 def test_tables_and_figure_come_from_the_record(finished: Path) -> None:
     text = page.write_page(finished)
     assert "## Decoders' steps" in text and "| 1 x 6 |" in text and "batch 2, KV 9" in text
+    [(weights, model)] = read_slots(finished).models.items()
+    assert f"Products of few rows: {weights} by {model['kernels']}." in text
     lines = [json.loads(line) for line in (finished / "slots.jsonl").read_text().splitlines()]
     assert {line["part"] for line in lines} == {"total", "attention", "mlp", "head", "rest"}
     assert {line["width"] for line in lines} == {1, 6}

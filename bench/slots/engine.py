@@ -28,6 +28,7 @@ from tidar_ref.cache import KVCache
 from tidar_ref.checkpoint import LoadedModel, load
 from tidar_ref.errors import UserError
 from tidar_ref.graphed import StaticDecoder
+from tidar_ref.linear import kernel_route
 from tidar_ref.masks import causal_mask, decode_mask, decode_positions
 from tidar_ref.model import Transformer
 from tidar_ref.sampling import Sampling
@@ -121,7 +122,11 @@ def _describe(loaded: LoadedModel) -> dict[str, Any]:
         key: environment.portable(value) if isinstance(value, str) else value
         for key, value in dataclasses.asdict(loaded.source).items()
     }
-    return {"source": source, "config": dataclasses.asdict(loaded.model.config)}
+    return {
+        "source": source,
+        "config": dataclasses.asdict(loaded.model.config),
+        "kernels": kernel_route(loaded.model),
+    }
 
 
 class _Job:

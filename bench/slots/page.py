@@ -57,6 +57,10 @@ def to_markdown(record: SlotsRecord, found: Sequence[Point]) -> str:
         False: "the weights are at least four times the last-level cache, nothing was flushed",
     }
     lines.append("Cache: " + "; ".join(sorted(words[bool(f)] for f in flushed)) + ".")
+    routes = {name: model.get("kernels") for name, model in record.models.items()}
+    if any(routes.values()):
+        said = (f"{name} by {route or 'a route not noted'}" for name, route in routes.items())
+        lines.append(f"Products of few rows: {'; '.join(said)}.")
     lines += _ceilings(record)
     lines += _free(found)
     lines += _widths(record, found)

@@ -103,7 +103,9 @@ def _other_model(record: SlotsRecord, name: str, header: RunHeader) -> Iterator[
 
 def _differences(record: SlotsRecord, name: str, header: RunHeader) -> Iterator[str]:
     yield from _other_model(record, name, header)
-    theirs, ours = record.header.environment, header.environment
+    model = record.models.get(record.job(name).weights, {})
+    theirs = {**record.header.environment, "kernels": model.get("kernels")}
+    ours = header.environment
     for what in ("gpu", "cpu", "threads", "kernels"):
         if theirs.get(what) != ours.get(what):
             said, wanted = (str(env.get(what) or "none noted") for env in (theirs, ours))
