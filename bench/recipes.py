@@ -122,7 +122,7 @@ SMOLLM2_TIDAR_DRAFTS = dataclasses.replace(
     purpose="drafting alone, on mask rows, from where the joint model ended: its text stays its"
     " own",
     weights="embedded+smollm2-tidar-last",
-    objective=dict(kind="tidar", block_lens=(4, 8), grids=4),
+    objective=dict(kind="tidar", block_lens=(4, 8), grids=4, weighting="arrival"),
     adapter=dict(rank=64, alpha=64.0, placement="mask"),
     mixture=(
         Source(name="gsm8k-chains", count=3_000, seed=2),

@@ -251,9 +251,39 @@ def test_loss_is_the_papers() -> None:
     assert float(ours) == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_chunked_head_gives_the_same_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrival_weighs_a_draft_by_those_it_stands_behind() -> None:
+    """Against loops over the logits; gradients flow through the losses, not through the weights."""
+    network = network_of(tiny.random_tiny("llama"))
+    rows = rows_of([example(3, 9), example(2, 7, 1)], Objective(block_lens=(4,), grids=2))
+    logits = logits_of(network, rows)
+    logits[:, MASK] = float("-inf")
+    log_p = logits.log_softmax(-1)
+    by_hand, weights = torch.zeros(()), []
+    for block in range(int(rows.block.max()) + 1):
+        arrived = 1.0
+        members = [i for i in range(rows.count) if rows.block[i] == block]
+        for slot, row in enumerate(i for i in members if rows.labels[i] >= 0):
+            by_hand = by_hand - arrived * log_p[row, rows.labels[row]]
+            weights.append(arrived)
+            if slot:
+                arrived *= log_p[row, rows.labels[row]].exp().item()
+    assert len(set(weights)) > 10 and min(weights) < 0.1  # a flat model: few arrive
+    gradients = []
+    objective = Objective(block_lens=(4,), weighting="arrival")
+    for loss in (by_hand, network(rows, objective).diffusion_sum):
+        network.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients.append(network.embed.weight.grad.clone())
+    assert float(loss.detach()) == pytest.approx(float(by_hand.detach()), rel=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["even", "arrival"])
+def test_chunked_head_gives_the_same_loss_and_gradient(
+    weighting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = network_of(tiny.random_tiny("qwen2"))
-    objective = Objective(block_lens=(4,), grids=2)
+    objective = Objective(block_lens=(4,), grids=2, weighting=weighting)
     rows = rows_of([example(0, 30)], objective)
 
     def run() -> tuple[float, torch.Tensor, int]:
@@ -377,6 +407,8 @@ def test_schedule_and_epochs(tmp_path: Path) -> None:
         (lambda: Objective(masking="half"), "half"),
         (lambda: Objective(block_lens=(1,)), "(1,)"),
         (lambda: Objective(alpha=-1.0), "-1.0"),
+        (lambda: Objective(weighting="late"), "late"),
+        (lambda: Objective(weighting="arrival", masking="random"), "even ones"),
         (lambda: TrainConfig(), "no budget"),
         (lambda: TrainConfig(steps=1, batch=0), "batch 0"),
         (lambda: rows_of([Example(prompt=(1, 2), response=())], TIDAR3), "document 0"),

@@ -137,13 +137,20 @@ class TrainingNetwork(nn.Module):
                 continue  # frozen, or not asked for
             index = part.nonzero()[:, 0]
             keep = index.shape[0] * table.shape[0] <= KEPT_LOGITS
-            for chunk in (index,) if keep else index.split(HEAD_ROWS):
+            whole = kind == 1 and objective.weighting == "arrival"
+            sizes = _sizes(rows.block[index]) if whole else HEAD_ROWS
+            for chunk in (index,) if keep else index.split(sizes):
                 inputs = (hidden[chunk], table, rows.labels[chunk], rows.weights[chunk])
+                blocks = rows.block[chunk] if whole else None
                 if keep:
-                    loss, right = self._cross_entropy(*inputs, self.mask_token_id)
+                    loss, right = self._cross_entropy(*inputs, blocks, self.mask_token_id)
                 else:
                     loss, right = checkpoint(
-                        self._cross_entropy, *inputs, self.mask_token_id, use_reentrant=False
+                        self._cross_entropy,
+                        *inputs,
+                        blocks,
+                        self.mask_token_id,
+                        use_reentrant=False,
                     )
                 sums[kind] = sums[kind] + loss
                 hits += int(right) if kind else 0
@@ -230,13 +237,47 @@ def objective_loss(
     return (objective.alpha * ar + diffusion) / (1 + objective.alpha)
 
 
+def _sizes(block: Tensor) -> list[int]:
+    """Chunks of some HEAD_ROWS rows that cut no block."""
+    sizes = [0]
+    for count in torch.unique_consecutive(block, return_counts=True)[1].tolist():
+        if sizes[-1] + count > HEAD_ROWS and sizes[-1]:
+            sizes.append(0)
+        sizes[-1] += count
+    return sizes
+
+
+def arrival(log_p: Tensor, block: Tensor) -> Tensor:
+    """How likely a draft is looked at: the product of p of those between it and its block's first.
+
+    log_p [n]: of the right token, rows of a block side by side and none missing before the last;
+    block [n]: its number. 1 for the first two of a block.
+    """
+    first = torch.ones_like(block, dtype=torch.bool)
+    first[1:] = block[1:] != block[:-1]
+    begins = torch.where(first, torch.arange(len(block), device=block.device), 0).cummax(0).values
+    # Sums in float64: a difference of two long ones is left.
+    before = F.pad(torch.where(first, 0.0, log_p.double()).cumsum(0)[:-1], (1, 0))
+    return (before - before[begins]).exp().to(log_p.dtype)
+
+
 def _cross_entropy(
-    hidden: Tensor, table: Tensor, labels: Tensor, weights: Tensor, mask_token_id: int
+    hidden: Tensor,
+    table: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    blocks: Tensor | None,
+    mask_token_id: int,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted loss sum and number of right guesses; float32, the mask token never a guess."""
+    """Weighted loss sum and number of right guesses; float32, the mask token never a guess.
+
+    blocks: of the rows, to weigh them by arrival too.
+    """
     logits = F.linear(hidden, table).float()
     logits[:, mask_token_id] = float("-inf")
     loss = F.cross_entropy(logits, labels, reduction="none")
+    if blocks is not None:
+        weights = weights * arrival(-loss.detach(), blocks)
     return (loss * weights).sum(), (logits.detach().argmax(dim=-1) == labels).sum()
 
 

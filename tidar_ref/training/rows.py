@@ -22,6 +22,7 @@ from torch import Tensor
 from tidar_ref.errors import UserError
 
 IGNORE = -100
+WEIGHTINGS = ("even", "arrival")
 OBJECTIVES = ("tidar", "ar", "block_diffusion", "eagle3")
 
 
@@ -50,7 +51,10 @@ class Objective:
     alpha: weight of the AR term (2.4). masking: "full", or "random" with a ratio drawn per block.
     random_offset: the grid starts 0..K-1 tokens into the response, else at its first token (at the
     document's first token without a prompt). grids: block grids per document, sharing its clean
-    rows.
+    rows. weighting: "even", or "arrival": a draft counts by the probability that those between it
+    and its block's first token are right, for behind a rejected draft no other is looked at (ours,
+    not the paper's; the first needs not be right, for at beta = 1 that token is the AR half's; the
+    mean stays over all drafts).
     """
 
     kind: str = "tidar"
@@ -59,12 +63,17 @@ class Objective:
     masking: str = "full"
     random_offset: bool = True
     grids: int = 1
+    weighting: str = "even"
 
     def __post_init__(self) -> None:
         if self.kind not in OBJECTIVES:
             raise UserError(f"objective {self.kind!r} is unknown: use {', '.join(OBJECTIVES)}")
         if self.masking not in ("full", "random"):
             raise UserError(f"masking is {self.masking!r}: use full or random")
+        if self.weighting not in WEIGHTINGS:
+            raise UserError(f"weighting is {self.weighting!r}: use {' or '.join(WEIGHTINGS)}")
+        if self.weighting == "arrival" and (self.kind, self.masking) != ("tidar", "full"):
+            raise UserError("arrival weights are for tidar's blocks of masks alone: use even ones")
         if self.alpha < 0:
             raise UserError(f"alpha is {self.alpha}: the weight of the AR term is at least 0")
         if not self.block_lens or min(self.block_lens) < 2 or self.grids < 1:
