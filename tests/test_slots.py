@@ -22,8 +22,12 @@ from bench.slots.record import OK, VISITS, WINDOWS, SlotsStore, Visit, read_slot
 from bench.slots.split import split_run
 from bench.slots.timing import Clock
 from bench.store import TELEMETRY
+from tidar_ref.cache import KVCache
 from tidar_ref.checkpoint import load
 from tidar_ref.errors import UserError
+from tidar_ref.linear import kernel_route
+from tidar_ref.masks import causal_mask
+from tidar_ref.model import FEW_ROWS
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +190,33 @@ def test_telemetry_is_cut_by_the_jobs_windows(finished: Path, tmp_path: Path) ->
     lines += [{**sample, "t": (window["began"] + window["ended"]) / 2}]
     (folder / TELEMETRY).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "| 1 | 1500 [1500, 1500] | 300 | 50.0% |" in page.write_page(folder)
+
+
+def test_the_split_marks_compiled_layers_and_changes_no_number() -> None:
+    loaded = load("random:tiny", device="cpu", dtype="float32")
+    model, config = loaded.model, loaded.model.config
+    if model.few_rows is None:
+        pytest.skip(kernel_route(model))
+    outputs, called = [], []
+    layer = model.layers[0]
+    for rows in (1, 6, FEW_ROWS + 1):
+        mask = None if rows == 1 else causal_mask(rows)
+
+        def forward(rows: int = rows, mask: torch.Tensor | None = mask) -> torch.Tensor:
+            cache = KVCache(config, batch=1, max_len=200, scratch=0, dtype=torch.float32,
+                            device="cpu")  # fmt: skip
+            ids = torch.arange(rows)[None] % 50
+            with torch.inference_mode():
+                outputs.append(model(ids, torch.arange(rows)[None], cache, mask))
+            return outputs[-1]
+
+        whole = forward()
+        handle = layer.register_forward_hook(lambda *_: called.append(1))
+        parts = split_run(model, forward, lambda: None)
+        handle.remove()
+        assert len(called) == (rows > FEW_ROWS)
+        assert torch.equal(outputs[-1], whole) and min(parts[p] for p in ("attention", "mlp")) > 0
+        assert model.few_rows.mark is None
 
 
 def test_the_split_refuses_layers_it_did_not_see() -> None:

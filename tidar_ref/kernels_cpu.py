@@ -513,6 +513,92 @@ def _gate(gate_up: Any, out: Any, parts: int) -> None:
 gate = compiled(_gate, parallel=True)
 
 
+def _attention_half(
+    hidden: Any,
+    attn_norm: Any,
+    qkv: Any,
+    qkv_bias: Any,
+    q_norm: Any,
+    k_norm: Any,
+    o: Any,
+    none: Any,
+    low_rank: Any,
+    masks: Any,
+    cos: Any,
+    sin: Any,
+    keys: Any,
+    values: Any,
+    mask: Any,
+    at: int,
+    count: int,
+    eps: float,
+    parts: int,
+) -> None:
+    """hidden [R, H] += attention; the arguments are those of `_layer`."""
+    rows, size, kv_heads = hidden.shape[0], cos.shape[1], keys.shape[0]
+    normed = np.empty_like(hidden)
+    heads = np.empty((rows, (count + 2 * kv_heads) * size), hidden.dtype)
+    for row in range(rows):
+        _normed(hidden[row], attn_norm, eps, normed[row])
+    product(qkv, normed, qkv_bias, heads, parts)
+    if masks.shape[0] > 0:
+        _add_low_rank(normed, low_rank[0], low_rank[1], masks, heads, parts)
+    split = heads.reshape(rows, -1, size)  # [R, Hq + 2 Hkv, D]
+    queries = np.empty((rows, count, size), hidden.dtype)
+    for row in range(rows):
+        for head in range(count + kv_heads):
+            x = split[row, head]
+            if q_norm.shape[0] > 0:
+                _normed(x, q_norm if head < count else k_norm, eps, x)
+            target = queries[row, head] if head < count else keys[head - count, at + row]
+            _rotated(x, cos[row], sin[row], target)
+        for head in range(kv_heads):
+            values[head, at + row] = split[row, count + kv_heads + head]
+    out = np.empty((rows, count * size), hidden.dtype)
+    if rows == 1:
+        attend(queries[0], keys, values, at + 1, out[0], parts)
+    else:
+        attend_rows(queries, keys, values, mask, at + rows, out, parts)
+    product(o, out, none, normed, parts)
+    if masks.shape[0] > 0:
+        _add_low_rank(out, low_rank[2], low_rank[3], masks, normed, parts)
+    for row in range(rows):
+        _add(hidden[row], normed[row])
+
+
+def _mlp_half(
+    hidden: Any,
+    mlp_norm: Any,
+    gate_up: Any,
+    down: Any,
+    none: Any,
+    low_rank: Any,
+    masks: Any,
+    width: int,
+    eps: float,
+    parts: int,
+) -> None:
+    """hidden [R, H] += MLP; the arguments are those of `_layer`."""
+    rows = hidden.shape[0]
+    normed = np.empty_like(hidden)
+    for row in range(rows):
+        _normed(hidden[row], mlp_norm, eps, normed[row])
+    inner = np.empty((rows, 2 * width), hidden.dtype)
+    product(gate_up, normed, none, inner, parts)
+    if masks.shape[0] > 0:
+        _add_low_rank(normed, low_rank[4], low_rank[5], masks, inner, parts)
+    active = np.empty((rows, width), hidden.dtype)
+    gate(inner, active, parts)
+    product(down, active, none, normed, parts)
+    if masks.shape[0] > 0:
+        _add_low_rank(active, low_rank[6], low_rank[7], masks, normed, parts)
+    for row in range(rows):
+        _add(hidden[row], normed[row])
+
+
+attention_half, mlp_half = compiled(_attention_half), compiled(_mlp_half)
+
+
 def _layer(
     hidden: Any,
     attn_norm: Any,
@@ -545,48 +631,11 @@ def _layer(
     all are seen. count: query heads; width: of the MLP. low_rank: A and B of an adapter beside
     qkv, o, gate_up and down, for the rows `masks`.
     """
-    rows, size, kv_heads = hidden.shape[0], cos.shape[1], keys.shape[0]
-    adapted = masks.shape[0] > 0
-    normed = np.empty_like(hidden)
-    heads = np.empty((rows, (count + 2 * kv_heads) * size), hidden.dtype)
-    for row in range(rows):
-        _normed(hidden[row], attn_norm, eps, normed[row])
-    product(qkv, normed, qkv_bias, heads, parts)
-    if adapted:
-        _add_low_rank(normed, low_rank[0], low_rank[1], masks, heads, parts)
-    split = heads.reshape(rows, -1, size)  # [R, Hq + 2 Hkv, D]
-    queries = np.empty((rows, count, size), hidden.dtype)
-    for row in range(rows):
-        for head in range(count + kv_heads):
-            x = split[row, head]
-            if q_norm.shape[0] > 0:
-                _normed(x, q_norm if head < count else k_norm, eps, x)
-            target = queries[row, head] if head < count else keys[head - count, at + row]
-            _rotated(x, cos[row], sin[row], target)
-        for head in range(kv_heads):
-            values[head, at + row] = split[row, count + kv_heads + head]
-    out = np.empty((rows, count * size), hidden.dtype)
-    if rows == 1:
-        attend(queries[0], keys, values, at + 1, out[0], parts)
-    else:
-        attend_rows(queries, keys, values, mask, at + rows, out, parts)
-    product(o, out, none, normed, parts)
-    if adapted:
-        _add_low_rank(out, low_rank[2], low_rank[3], masks, normed, parts)
-    for row in range(rows):
-        _add(hidden[row], normed[row])
-        _normed(hidden[row], mlp_norm, eps, normed[row])
-    inner = np.empty((rows, 2 * width), hidden.dtype)
-    product(gate_up, normed, none, inner, parts)
-    if adapted:
-        _add_low_rank(normed, low_rank[4], low_rank[5], masks, inner, parts)
-    active = np.empty((rows, width), hidden.dtype)
-    gate(inner, active, parts)
-    product(down, active, none, normed, parts)
-    if adapted:
-        _add_low_rank(active, low_rank[6], low_rank[7], masks, normed, parts)
-    for row in range(rows):
-        _add(hidden[row], normed[row])
+    attention_half(
+        hidden, attn_norm, qkv, qkv_bias, q_norm, k_norm, o, none, low_rank, masks, cos, sin,
+        keys, values, mask, at, count, eps, parts,
+    )  # fmt: skip
+    mlp_half(hidden, mlp_norm, gate_up, down, none, low_rank, masks, width, eps, parts)
 
 
 layer = compiled(_layer)
@@ -715,7 +764,13 @@ class Product:
 
 
 class FewRows:
-    """All layers of a model for few new tokens of one sequence. Shares its products' weights."""
+    """All layers of a model for few new tokens of one sequence. Shares its products' weights.
+
+    mark: called where a layer begins, between its halves and where it ends (`bench.slots.split`);
+    the halves are then called one by one.
+    """
+
+    mark: Callable[[], None] | None = None
 
     def __init__(self, model: Transformer) -> None:
         config = model.config
@@ -768,10 +823,24 @@ class FewRows:
             if taps is not None:
                 taps[index] = hidden.clone()[None]
             cached = keys[index], values[index], seen, at
-            layer(rows, *weights, masks, *rotary, *cached, *self.sizes, threads)
+            if self.mark is None:
+                layer(rows, *weights, masks, *rotary, *cached, *self.sizes, threads)
+            else:
+                self._halves(rows, weights, (masks, *rotary, *cached), threads)
         if taps is not None:
             taps[len(self.layers)] = hidden.clone()[None]
         return hidden
+
+    def _halves(self, rows: np.ndarray, weights: tuple, rest: tuple, threads: int) -> None:
+        """The same layer, marked."""
+        assert self.mark is not None
+        (*attention, mlp_norm, gate_up, down, none, low_rank), masks = weights, rest[0]
+        count, width, eps = self.sizes
+        self.mark()
+        attention_half(rows, *attention, none, low_rank, *rest, count, eps, threads)
+        self.mark()
+        mlp_half(rows, mlp_norm, gate_up, down, none, low_rank, masks, width, eps, threads)
+        self.mark()
 
     def __deepcopy__(self, memo: dict) -> None:
         return None

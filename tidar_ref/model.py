@@ -112,7 +112,8 @@ class Transformer(nn.Module):
         return super()._apply(fn, recurse)
 
     def _takes_few_rows(self, cache: KVCache, new_mask: Tensor | None, rows: int) -> bool:
-        """Whether the compiled layers serve this forward; hooks want the layers called."""
+        """Whether the compiled layers serve this forward; hooks want the layers called, unless the
+        compiled ones mark their halves themselves."""
         return (
             self.few_rows is not None
             and rows <= FEW_ROWS
@@ -122,7 +123,7 @@ class Transformer(nn.Module):
             and (rows == 1 or not self.compiled)
             and (rows == 1 if new_mask is None else rows > 1 and new_mask.dim() == 2)
             and not torch.is_grad_enabled()
-            and not self.layers[0]._forward_pre_hooks
+            and (not self.layers[0]._forward_pre_hooks or self.few_rows.mark is not None)
         )
 
     def attach_mask_adapter(

@@ -1,8 +1,9 @@
 """Attention, MLP, head and rest of one forward, timed by hooks in a pass of their own.
 
 The marks lie where the network's own modules begin and end: a layer begins, its MLP norm begins, it
-ends. Attention is all before the MLP norm (its norm, projections, rotary, cache write, residual);
-rest is embedding, mask, rotary tables and final norm. Imports torch.
+ends. Compiled CPU layers are called by halves then, and mark the same places. Attention is all
+before the MLP norm (its norm, projections, rotary, cache write, residual); rest is embedding, mask,
+rotary tables and final norm. Imports torch.
 """
 
 from __future__ import annotations
@@ -78,8 +79,12 @@ def _marked(model: Transformer, marks: list[Any]) -> Iterator[None]:
         handles.append(layer.register_forward_pre_hook(mark))
         handles.append(layer.mlp_norm.register_forward_pre_hook(mark))
         handles.append(layer.register_forward_hook(mark))
+    if model.few_rows is not None:
+        model.few_rows.mark = mark
     try:
         yield
     finally:
+        if model.few_rows is not None:
+            model.few_rows.mark = None
         for handle in handles:
             handle.remove()
