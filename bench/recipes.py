@@ -116,17 +116,15 @@ SMOLLM2_TIDAR_LAST = dataclasses.replace(
         Source(name="templates", count=1_500, seed=2),
     ),
 )
-SMOLLM2_TIDAR_DRAFTS = dataclasses.replace(
+SMOLLM2_TIDAR_ARRIVAL = dataclasses.replace(
     SMOLLM2_TIDAR_LAST,
-    name="smollm2-tidar-drafts",
-    purpose="drafting alone, on mask rows, from where the joint model ended: its text stays its"
-    " own",
+    name="smollm2-tidar-arrival",
+    purpose="the joint model once more, on answers of its own; drafts count if they are looked at",
     weights="embedded+smollm2-tidar-last",
-    objective=dict(kind="tidar", block_lens=(4, 8), grids=4, weighting="arrival"),
-    adapter=dict(rank=64, alpha=64.0, placement="mask"),
+    objective=dict(kind="tidar", block_lens=(4, 8), grids=2, weighting="arrival"),
     mixture=(
         Source(name="gsm8k-chains", count=3_000, seed=2),
-        Source(name="templates", count=300, seed=3),
+        Source(name="templates", count=600, seed=3),
     ),
     distil=("gsm8k-chains", "templates"),
     max_tokens=160,
@@ -295,7 +293,7 @@ RECIPES: dict[str, Recipe] = {
         SMOLLM2_TIDAR_OWN,
         SMOLLM2_TIDAR_SUMS,
         SMOLLM2_TIDAR_LAST,
-        SMOLLM2_TIDAR_DRAFTS,
+        SMOLLM2_TIDAR_ARRIVAL,
         SMOLLM2_TIDAR_ALIGNED,
         SMOLLM2_GATED,
         SMOLLM2_BLOCK,
