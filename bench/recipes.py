@@ -129,6 +129,18 @@ SMOLLM2_TIDAR_ARRIVAL = dataclasses.replace(
     distil=("gsm8k-chains", "templates"),
     max_tokens=160,
 )
+SMOLLM2_TIDAR_FRESH = dataclasses.replace(
+    SMOLLM2_TIDAR_ARRIVAL,
+    name="smollm2-tidar-fresh",
+    purpose="the same on fresh chains of its own; templates with their true answers again",
+    weights="embedded+smollm2-tidar-arrival",
+    train={**SMOLLM2_TIDAR_MORE.train, "minutes": 30},
+    mixture=(
+        Source(name="gsm8k-chains", count=2_000, seed=3),
+        Source(name="templates", count=500, seed=4),
+    ),
+    distil=("gsm8k-chains",),
+)
 SMOLLM2_TIDAR_ALIGNED = dataclasses.replace(
     SMOLLM2_TIDAR,
     name="smollm2-tidar-aligned",
@@ -294,6 +306,7 @@ RECIPES: dict[str, Recipe] = {
         SMOLLM2_TIDAR_SUMS,
         SMOLLM2_TIDAR_LAST,
         SMOLLM2_TIDAR_ARRIVAL,
+        SMOLLM2_TIDAR_FRESH,
         SMOLLM2_TIDAR_ALIGNED,
         SMOLLM2_GATED,
         SMOLLM2_BLOCK,
