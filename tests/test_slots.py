@@ -19,7 +19,7 @@ from bench.slots import curves, engine, page, timing
 from bench.slots.plan import Job, Plan, slots_plan
 from bench.slots.predict import predicted_speedups, step_ratios
 from bench.slots.record import OK, VISITS, WINDOWS, SlotsStore, Visit, read_slots
-from bench.slots.split import split_run
+from bench.slots.split import median_split, split_run
 from bench.slots.timing import Clock
 from bench.store import TELEMETRY
 from tidar_ref.cache import KVCache
@@ -190,6 +190,19 @@ def test_telemetry_is_cut_by_the_jobs_windows(finished: Path, tmp_path: Path) ->
     lines += [{**sample, "t": (window["began"] + window["ended"]) / 2}]
     (folder / TELEMETRY).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "| 1 | 1500 [1500, 1500] | 300 | 50.0% |" in page.write_page(folder)
+
+
+def test_a_split_is_that_of_one_run_so_its_rest_is_not_negative() -> None:
+    def made(attention: float, mlp: float, head: float, rest: float) -> dict[str, float]:
+        parts = {"attention": attention, "mlp": mlp, "head": head, "rest": rest}
+        return {**parts, "total": sum(parts.values())}
+
+    # Each part's median is 2, of the totals 5: what is left of them would be -1.
+    runs = [made(2, 2, 0, 1), made(2, 0, 2, 1), made(0, 2, 2, 1)]
+    found = median_split(runs)
+    assert found in runs and found["rest"] == 1
+    totals = [made(1, 1, 1, 1), made(9, 1, 1, 1), made(2, 1, 1, 1), made(3, 1, 1, 1)]
+    assert median_split(totals)["attention"] == 2  # the lower of the two in the middle
 
 
 def test_the_split_marks_compiled_layers_and_changes_no_number() -> None:
