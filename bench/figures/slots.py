@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PAPER_SHAPE = "qwen3-32b"
 PANELS = 3
+LEGEND_INCHES = 2.8  # what "step of " and a decoder's label take
 
 
 def draw_slots(folder: Path, job: str | None = None) -> list[Path]:
@@ -35,11 +36,13 @@ def draw_slots(folder: Path, job: str | None = None) -> list[Path]:
     if not lengths:
         return []
     written = []
+    width = max(7.4, 3.7 * len(lengths))  # the title and notes of one panel need two
     with styled():
-        figure, axes = panels(1, len(lengths), width=3.7 * len(lengths), height=4.2)
+        figure, axes = panels(1, len(lengths), width=width, height=4.2)
         for axis, kv_len in zip(axes[0], lengths, strict=True):
             _panel(axis, [p for p in mine if p.kv_len == kv_len], kv_len)
-        finish(figure, _title(record, mine[0]), _notes(mine[0]), list(axes[0]), 4)
+        columns = int(width // LEGEND_INCHES)
+        finish(figure, _title(record, mine[0]), _notes(mine[0]), list(axes[0]), columns)
         for kind in ("svg", "png"):
             path = folder / f"{stem}.{kind}"
             save(figure, path, kind)

@@ -41,6 +41,7 @@ def draw(runs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("clean tokens seen")
         axis.set_ylim(bottom=0, top=1 if name == "draft_accuracy" else None)
+        axis.locator_params(axis="x", nbins=5)  # more six-digit labels would touch
         axis.grid(alpha=0.3)
     notes = [f"running mean over {SMOOTH} steps, single steps faint behind it"]
     finish(figure, "Training", notes, list(axes[0]), 3)
