@@ -121,7 +121,7 @@ SMOLLM2_TIDAR_ARRIVAL = dataclasses.replace(
     name="smollm2-tidar-arrival",
     purpose="the joint model once more, on answers of its own; drafts count if they are looked at",
     weights="embedded+smollm2-tidar-last",
-    objective=dict(kind="tidar", block_lens=(4, 8), grids=2, weighting="arrival"),
+    objective={**SMOLLM2_TIDAR.objective, "weighting": "arrival"},
     mixture=(
         Source(name="gsm8k-chains", count=3_000, seed=2),
         Source(name="templates", count=600, seed=3),
